@@ -1,0 +1,75 @@
+"""Deployments and revisions as they are stored, and models by name."""
+
+from enum import StrEnum
+
+import msgspec
+
+from snowdrop.domain.ids import DeploymentName, Digest, ModelName, RevisionId, TenantId
+from snowdrop.domain.manifest import ArtefactRef
+from snowdrop.domain.service import Scale, ServiceSpec
+
+
+class BoundModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model of a revision, resolved to immutable content when the revision was made."""
+
+    name: ModelName
+    param: str
+    artefact: ArtefactRef
+
+
+class Revision(msgspec.Struct, frozen=True, kw_only=True):
+    """Immutable code + environment + models of a deployment."""
+
+    id: RevisionId
+    tenant: TenantId
+    deployment: DeploymentName
+    created_unix_ns: int
+    spec: ServiceSpec
+    code: ArtefactRef
+    models: tuple[BoundModel, ...] = ()
+
+
+class DeploymentHealth(StrEnum):
+    """Whether starting replicas of the current revision is worth trying."""
+
+    OK = "ok"
+    BACKING_OFF = "backing-off"
+    CRASH_LOOPING = "crash-looping"
+
+
+class Deployment(msgspec.Struct, frozen=True, kw_only=True):
+    """A named, tenant-owned serving target. `generation` grows with each write and fences stale ones.
+
+    `scale` overrides the revision's own when set with `snowdrop scale`.
+    """
+
+    tenant: TenantId
+    name: DeploymentName
+    revision: RevisionId
+    generation: int
+    created_unix_ns: int
+    scale: Scale | None = None
+    deleting: bool = False
+
+
+class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's name and the content it points to now."""
+
+    tenant: TenantId
+    name: ModelName
+    artefact: ArtefactRef
+    created_unix_ns: int
+    source: str = ""
+
+
+class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that an agent has announced."""
+
+    id: str
+    instance_type: str
+    memory_bytes: int
+    cpus: float
+    devices: tuple[str, ...] = ()
+    sandbox: str = ""
+    seen_unix_ns: int = 0
+    environment: Digest | str = ""

@@ -1,0 +1,102 @@
+"""Manifest: the encoded form of a tree. A model, the code of a service and an image are all trees.
+
+The tree is a list of files, each a list of extents over chunks; the chunks lie in packs at the origin in load
+order. `snowdrop.content.manifest` encodes, decodes and validates; here are only the values.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from snowdrop.domain.ids import Digest
+
+FORMAT_VERSION = 1
+CHUNK_BYTES_MAX = 4 << 20
+PACK_BYTES_MAX = 64 << 20
+MANIFEST_BYTES_MAX = 64 << 20
+FILES_MAX = 1_000_000
+PATH_BYTES_MAX = 4096
+
+Codec = Literal["plain", "zstd"]
+TreeKind = Literal["model", "code", "image"]
+
+
+class ChunkRef(msgspec.Struct, frozen=True, array_like=True):
+    """One chunk and where its bytes lie at the origin.
+
+    `digest` is the BLAKE3-256 of the plaintext, 64 hex digits; `stored_bytes` is its length inside the pack,
+    which differs from `plain_bytes` only if `codec` is not "plain".
+    """
+
+    digest: str
+    plain_bytes: int
+    pack: int
+    pack_offset: int
+    stored_bytes: int
+    codec: Codec = "plain"
+
+
+class Extent(msgspec.Struct, frozen=True, array_like=True):
+    """A run of a file's bytes: `length` bytes at `file_offset` are chunk `chunk` from `chunk_offset` on."""
+
+    file_offset: int
+    length: int
+    chunk: int
+    chunk_offset: int
+
+
+class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor of a safetensors file. `offset` counts from the start of the file, in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of the tree. `path` is relative, normalised, with `/`; `mode` holds permission bits only."""
+
+    path: str
+    size: int
+    mode: int
+    sha256: str
+    extents: tuple[Extent, ...]
+    tensors: tuple[TensorEntry, ...] = ()
+
+
+class PackRef(msgspec.Struct, frozen=True, array_like=True):
+    """An object of many chunks at the origin, named by the BLAKE3-256 of its bytes."""
+
+    digest: str
+    size: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """An immutable tree. Its digest (BLAKE3 of the canonical encoding) names the artefact.
+
+    `key_domain` says in whose name chunks are hashed: "public", or a tenant's key id for private content.
+    Chunks are listed in load order; packs hold them in that order.
+    """
+
+    version: int
+    kind: TreeKind
+    key_domain: str
+    files: tuple[FileEntry, ...]
+    chunks: tuple[ChunkRef, ...]
+    packs: tuple[PackRef, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files, before dedupe."""
+        return sum(entry.size for entry in self.files)
+
+
+class ArtefactRef(msgspec.Struct, frozen=True, kw_only=True):
+    """Enough to fetch an artefact: the manifest's digest and its sizes, for display and placement."""
+
+    manifest: Digest
+    kind: TreeKind
+    total_bytes: int
+    file_count: int

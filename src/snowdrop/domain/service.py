@@ -1,0 +1,151 @@
+"""What a service asks for: the descriptors that the SDK makes, the platform stores and the replica obeys.
+
+The SDK's decorators build these and attach them to the user's class; `snowdrop deploy` stores them with the
+revision; the replica reads them back. They live here because the SDK and the replica share them and neither
+may import the other.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+from snowdrop.domain.errors import InvalidInputError
+
+SERVICE_ATTRIBUTE = "__snowdrop_service__"
+"""Class attribute under which the decorator leaves the ServiceSpec."""
+STAGE_ATTRIBUTE = "__snowdrop_stage__"
+"""Function attribute that marks a startup, endpoint or shutdown method."""
+
+CONCURRENCY_MAX = 10_000
+REPLICAS_MAX = 1_000
+
+
+def _require(ok: bool, where: str, rule: str) -> None:
+    if not ok:
+        raise InvalidInputError(f"{where} is out of range", where=where, next_step=f"allowed: {rule}")
+
+
+class Scale(msgspec.Struct, frozen=True, kw_only=True):
+    """How far and how fast a deployment scales. Times in seconds, counts in replicas.
+
+    `target` is the concurrency that scaling aims at per replica, as a fraction of the service's `concurrency`
+    (the hard limit); `idle_s` is how long without any request before the last replica goes.
+    """
+
+    min: int = 0
+    max: int = 1
+    idle_s: float = 60.0
+    target: float = 0.7
+    stable_window_s: float = 60.0
+    panic_window_s: float = 6.0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.min <= self.max, "scale.min", f"0 <= min <= max, got min={self.min} max={self.max}")
+        _require(1 <= self.max <= REPLICAS_MAX, "scale.max", f"1 <= max <= {REPLICAS_MAX}, got {self.max}")
+        _require(self.idle_s >= 0, "scale.idle_s", f"at least 0, got {self.idle_s}")
+        _require(0 < self.target <= 1, "scale.target", f"0 < target <= 1, got {self.target}")
+        _require(
+            0 < self.panic_window_s <= self.stable_window_s <= 3600,
+            "scale.panic_window_s",
+            "0 < panic_window_s <= stable_window_s <= 3600",
+        )
+
+
+class QueueSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How long and how many requests may wait for a slot; `request_s_max` starts when the turn comes."""
+
+    length_max: int = 1_000
+    wait_s_max: float = 600.0
+    request_s_max: float = 3_600.0
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.length_max <= 1_000_000, "queue.length_max", "1 to 1,000,000")
+        _require(0 < self.wait_s_max <= 86_400, "queue.wait_s_max", "more than 0, at most 86,400 s")
+        _require(0 < self.request_s_max <= 86_400, "queue.request_s_max", "more than 0, at most 86,400 s")
+
+
+class ResourceSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Hard limits of one replica. `cpus` may be a fraction; memory counts tmp files as well."""
+
+    memory_bytes_max: int = 4 << 30
+    cpus: float = 1.0
+    pids_max: int = 512
+    tmp_bytes_max: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        _require(self.memory_bytes_max >= 64 << 20, "resources.memory_bytes_max", "at least 64 MiB")
+        _require(0 < self.cpus <= 1024, "resources.cpus", "more than 0, at most 1024")
+        _require(16 <= self.pids_max <= 100_000, "resources.pids_max", "16 to 100,000")
+        _require(self.tmp_bytes_max >= 1 << 20, "resources.tmp_bytes_max", "at least 1 MiB")
+
+
+class Model(msgspec.Struct, frozen=True):
+    """A pushed model, by name; `param` is the startup parameter it is handed to (set by the decorator)."""
+
+    name: str
+    param: str = "model"
+
+
+class Image(msgspec.Struct, frozen=True, kw_only=True):
+    """The environment a service runs in.
+
+    Until images land, a replica runs on the node's own environment; what is named here is checked against
+    it at deploy time, and a missing requirement is refused with its name.
+    """
+
+    requirements: tuple[str, ...] = ()
+
+    @classmethod
+    def from_requirements(cls, path: str) -> "Image":
+        """An image from a requirements file, read when the service is deployed (relative to its folder)."""
+        return cls(requirements=(f"-r {path}",))
+
+    @classmethod
+    def from_packages(cls, *packages: str) -> "Image":
+        """An image from requirement specifiers, as in `Image.from_packages("torch>=2.4")`."""
+        return cls(requirements=packages)
+
+
+class EndpointSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One method that answers requests. Schemas are JSON Schema objects (draft 2020-12)."""
+
+    path: str
+    method_name: str
+    doc: str = ""
+    stream: Literal["no", "sse", "chunked"] = "no"
+    is_async: bool = False
+    input_schema: dict[str, Any] = msgspec.field(default_factory=dict)
+    output_schema: dict[str, Any] = msgspec.field(default_factory=dict)
+    components: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a service's code says about itself. `entry` is `module:Class` once the code is packed."""
+
+    class_name: str
+    entry: str = ""
+    models: tuple[Model, ...] = ()
+    image: Image = Image()
+    concurrency: int = 1
+    scale: Scale = Scale()
+    queue: QueueSpec = QueueSpec()
+    resources: ResourceSpec = ResourceSpec()
+    accelerator: tuple[str, ...] = ("cpu",)
+    startup_s_max: float = 600.0
+    import_s_max: float = 120.0
+    drain_s_max: float = 3_600.0
+    env: dict[str, str] = msgspec.field(default_factory=dict)
+    startup_name: str | None = None
+    shutdown_name: str | None = None
+    endpoints: tuple[EndpointSpec, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(
+            1 <= self.concurrency <= CONCURRENCY_MAX,
+            "concurrency",
+            f"1 to {CONCURRENCY_MAX}, got {self.concurrency}",
+        )
+        _require(0 < self.startup_s_max <= 86_400, "startup_s_max", "more than 0, at most 86,400 s")
+        _require(0 < self.import_s_max <= 3_600, "import_s_max", "more than 0, at most 3,600 s")
+        _require(0 < self.drain_s_max <= 86_400, "drain_s_max", "more than 0, at most 86,400 s")
+        _require(len(self.accelerator) > 0, "accelerator", 'at least one, for example ["cpu"]')

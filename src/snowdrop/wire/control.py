@@ -1,0 +1,197 @@
+"""Control <-> agent and control <-> gateway, over message streams that the lower side opens.
+
+Agents and gateways connect to control and, whenever the connection breaks, connect again and say who they are
+and all that they hold. Control therefore can be restarted at any time: it learns the world from the Hellos.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from snowdrop.domain.deployment import NodeRecord, Revision
+from snowdrop.domain.errors import ErrorBody
+from snowdrop.domain.ids import DeploymentName, NodeId, ReceiptId, ReplicaId, RevisionId, TenantId
+from snowdrop.domain.receipt import CallerTimes, ContentBytes, Span
+from snowdrop.domain.replica import ReplicaKey, ReplicaReport
+from snowdrop.domain.service import QueueSpec
+from snowdrop.domain.usage import UsageRecord
+from snowdrop.wire.codec import Codec, Message
+
+# --- agent -> control -------------------------------------------------------------------------------------
+
+
+class AgentHello(Message, frozen=True, kw_only=True):
+    """First message of an agent: itself and every replica it holds. `incarnation` is new at each start."""
+
+    version: int
+    node: NodeRecord
+    incarnation: str
+    api_socket: str
+    replicas: tuple[ReplicaReport, ...]
+
+
+class ReplicaChanged(Message, frozen=True, kw_only=True):
+    """A replica entered another state; the report is whole."""
+
+    report: ReplicaReport
+
+
+class UsageBatch(Message, frozen=True, kw_only=True):
+    """Records in sequence order; sent again until acknowledged."""
+
+    records: tuple[UsageRecord, ...]
+
+
+# --- control -> agent -------------------------------------------------------------------------------------
+
+
+class StartReplica(Message, frozen=True, kw_only=True):
+    """Bring a replica up. Sending it twice is harmless: the replica's id makes it one start."""
+
+    key: ReplicaKey
+    revision: Revision
+    ordered_unix_ns: int
+
+
+class DrainReplica(Message, frozen=True, kw_only=True):
+    """Stop a replica: gateways already send it nothing; let it finish within the bound, then end it."""
+
+    replica: ReplicaId
+    reason: str
+    drain_s_max: float
+
+
+class UsageStored(Message, frozen=True, kw_only=True):
+    """All records of `source` up to and with `sequence` are durable in the ledger."""
+
+    node: NodeId
+    source: str
+    sequence: int
+
+
+# --- gateway -> control -----------------------------------------------------------------------------------
+
+
+class DeploymentLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """What one gateway holds for one deployment at this instant, and how many requests came since start.
+
+    `peak` is the highest in-flight + queued since the last report, so that a burst between two is not lost.
+    """
+
+    tenant: TenantId
+    deployment: DeploymentName
+    in_flight: int
+    queued: int
+    peak: int
+    arrived: int
+    refused: int
+
+
+class GatewayHello(Message, frozen=True, kw_only=True):
+    version: int
+    gateway: str
+    draining: tuple[ReplicaId, ...] = ()
+
+
+class LoadReport(Message, frozen=True, kw_only=True):
+    """Sent at once when a request finds no slot, and periodically while anything is in flight."""
+
+    gateway: str
+    loads: tuple[DeploymentLoad, ...]
+
+
+class ReplicaIdle(Message, frozen=True, kw_only=True):
+    """A draining replica has no request of this gateway in flight any more."""
+
+    gateway: str
+    replica: ReplicaId
+
+
+class ReplicaUnreachable(Message, frozen=True, kw_only=True):
+    """The gateway could not connect to a ready replica; a hint, the agent has the last word."""
+
+    gateway: str
+    replica: ReplicaId
+    message: str
+
+
+class CallerServed(Message, frozen=True, kw_only=True):
+    """The first request answered by a new replica; completes the start's receipt. Sent until acknowledged."""
+
+    receipt: ReceiptId
+    caller: CallerTimes
+
+
+# --- control -> gateway -----------------------------------------------------------------------------------
+
+
+class ReplicaRoute(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica that gateways know of. Only with `accepting` may it get new requests."""
+
+    replica: ReplicaId
+    revision: RevisionId
+    socket_path: str
+    concurrency: int
+    accepting: bool
+    receipt: ReceiptId
+    ready_unix_ns: int
+    spans: tuple[Span, ...] = ()
+    content: ContentBytes = ContentBytes()
+
+
+class DeploymentRoute(msgspec.Struct, frozen=True, kw_only=True):
+    """All a gateway needs to know of a deployment. With `refusal`, waiting and new requests get that error."""
+
+    tenant: TenantId
+    deployment: DeploymentName
+    revision: RevisionId
+    queue: QueueSpec
+    concurrency: int
+    replicas: tuple[ReplicaRoute, ...]
+    starting: int
+    replicas_max: int
+    refusal: ErrorBody | None = None
+
+
+class KeyGrant(msgspec.Struct, frozen=True, kw_only=True):
+    """An API key as gateways know it: the SHA-256 of its secret, never the secret."""
+
+    key_sha256: str
+    tenant: TenantId
+
+
+class Routes(Message, frozen=True, kw_only=True):
+    """The whole table; replaces what the gateway had. `generation` grows within one life of control."""
+
+    generation: int
+    deployments: tuple[DeploymentRoute, ...]
+    keys: tuple[KeyGrant, ...] = ()
+
+
+class RouteChanged(Message, frozen=True, kw_only=True):
+    """One deployment of the table, or its removal (`route` None)."""
+
+    generation: int
+    tenant: TenantId
+    deployment: DeploymentName
+    route: DeploymentRoute | None
+
+
+class CallerStored(Message, frozen=True, kw_only=True):
+    receipt: ReceiptId
+
+
+class LinkRefused(Message, frozen=True, kw_only=True):
+    """Control -> agent or gateway, before it closes: why it will not talk to this peer."""
+
+    error: ErrorBody
+
+
+FromAgent = AgentHello | ReplicaChanged | UsageBatch
+ToAgent = StartReplica | DrainReplica | UsageStored | LinkRefused
+FromGateway = GatewayHello | LoadReport | ReplicaIdle | ReplicaUnreachable | CallerServed
+ToGateway = Routes | RouteChanged | CallerStored | LinkRefused
+
+FROM_PEER: Codec[FromAgent | FromGateway] = Codec(FromAgent | FromGateway)
+TO_AGENT: Codec[ToAgent] = Codec(ToAgent)
+TO_GATEWAY: Codec[ToGateway] = Codec(ToGateway)

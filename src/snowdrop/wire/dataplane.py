@@ -1,0 +1,75 @@
+"""Agent <-> data plane, over a packet channel.
+
+One request has one id; the agent may have many under way. An answer to Ensure carries the landing area's
+descriptor, read-only for whoever gets it.
+"""
+
+from __future__ import annotations
+
+from snowdrop.domain.errors import ErrorBody
+from snowdrop.domain.ids import Digest, TenantId
+from snowdrop.domain.receipt import ContentBytes, Span
+from snowdrop.wire.codec import Codec, Message
+from snowdrop.wire.replica import AreaFile
+
+
+class Ensure(Message, frozen=True, kw_only=True):
+    """Bring an artefact to this node and pin it for `holder` until Release.
+
+    With `map_tensors` its tensor files are landed in a memory area; the other files are in the directory
+    when the answer comes. Tensor files reach the directory behind (WaitDirectory).
+    """
+
+    request: int
+    tenant: TenantId
+    manifest: Digest
+    holder: str
+    map_tensors: bool
+
+
+class WaitDirectory(Message, frozen=True, kw_only=True):
+    """Answer (Completed) once the artefact's directory holds every file, verified and durable."""
+
+    request: int
+    manifest: Digest
+
+
+class Release(Message, frozen=True, kw_only=True):
+    """`holder` no longer uses any artefact. Not answered."""
+
+    holder: str
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """The agent no longer wants the answer to `request`; work that nobody else waits for stops."""
+
+    request: int
+
+
+class Ensured(Message, frozen=True, kw_only=True):
+    """Comes with one descriptor if `area_bytes` > 0. `directory` is a host path to be mounted read-only."""
+
+    request: int
+    directory: str
+    area_bytes: int
+    area_files: tuple[AreaFile, ...]
+    content: ContentBytes
+    spans: tuple[Span, ...]
+
+
+class Completed(Message, frozen=True, kw_only=True):
+    request: int
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    """The request failed; nothing of it is pinned."""
+
+    request: int
+    error: ErrorBody
+
+
+ToDataPlane = Ensure | WaitDirectory | Release | Cancel
+FromDataPlane = Ensured | Completed | Refused
+
+TO_DATA_PLANE: Codec[ToDataPlane] = Codec(ToDataPlane)
+FROM_DATA_PLANE: Codec[FromDataPlane] = Codec(FromDataPlane)

@@ -1,0 +1,104 @@
+"""Agent <-> replica, over the packet channel that the sandbox inherits.
+
+The agent sends Boot as the first message; everything a replica needs to know is in it, nothing comes by
+command line or inherited environment, so that a replica forked from a warm pool can be told the same way.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from snowdrop.domain.errors import ErrorBody
+from snowdrop.domain.receipt import Span
+from snowdrop.domain.replica import ReplicaKey
+from snowdrop.domain.service import ServiceSpec
+from snowdrop.wire.codec import Codec, Message
+
+
+class AreaFile(msgspec.Struct, frozen=True, array_like=True):
+    """A file inside a landing area: its bytes are area[offset : offset + size]."""
+
+    path: str
+    offset: int
+    size: int
+
+
+class ModelHandle(msgspec.Struct, frozen=True, kw_only=True):
+    """A model given to a replica.
+
+    `directory` is where its files appear; `area_fd` indexes the descriptors that came with Boot and is -1 if
+    the model has no tensor files. The area holds the files of `area_files`, each aligned to 4096 bytes.
+    """
+
+    name: str
+    param: str
+    directory: str
+    area_fd: int
+    area_bytes: int
+    area_files: tuple[AreaFile, ...]
+
+
+class Boot(Message, frozen=True, kw_only=True):
+    """Agent -> replica, once, with descriptors: index 0 is the listening socket, then areas by `area_fd`."""
+
+    version: int
+    key: ReplicaKey
+    spec: ServiceSpec
+    code_directory: str
+    models: tuple[ModelHandle, ...] = ()
+    env: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class WaitForDirectory(Message, frozen=True, kw_only=True):
+    """Replica -> agent: user code asked for a model's directory, which may still be written behind."""
+
+    model: str
+
+
+class DirectoryReady(Message, frozen=True, kw_only=True):
+    """Agent -> replica: the directory is complete and verified, or why it never will be."""
+
+    model: str
+    error: ErrorBody | None = None
+
+
+class Booted(Message, frozen=True, kw_only=True):
+    """Replica -> agent: the interpreter runs and has read Boot."""
+
+    unix_ns: int
+
+
+class Imported(Message, frozen=True, kw_only=True):
+    """Replica -> agent: runtime and service are imported, `startup` begins."""
+
+    spans: tuple[Span, ...]
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """Replica -> agent: `startup` is done and the socket is served."""
+
+    spans: tuple[Span, ...]
+
+
+class StageFailed(Message, frozen=True, kw_only=True):
+    """Replica -> agent, before it exits: a stage raised. `stage` is boot, import, startup or shutdown."""
+
+    stage: str
+    error: ErrorBody
+
+
+class Drain(Message, frozen=True, kw_only=True):
+    """Agent -> replica: finish what is in flight, run `shutdown`, exit."""
+
+    drain_s_max: float
+
+
+class Drained(Message, frozen=True, kw_only=True):
+    """Replica -> agent: `shutdown` has run; the process exits next."""
+
+
+ToReplica = Boot | DirectoryReady | Drain
+FromReplica = WaitForDirectory | Booted | Imported | Ready | StageFailed | Drained
+
+TO_REPLICA: Codec[ToReplica] = Codec(ToReplica)
+FROM_REPLICA: Codec[FromReplica] = Codec(FromReplica)
