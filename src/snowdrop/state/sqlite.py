@@ -1,0 +1,281 @@
+"""State in one SQLite file (WAL). One connection, used by one worker thread at a time.
+
+`synchronous=FULL`: an acknowledged usage record has left the agent's journal, so it must survive a power cut.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from snowdrop.domain.deployment import Deployment, ModelRecord, Revision
+from snowdrop.domain.errors import ConflictError, SnowdropError, StorageFullError
+from snowdrop.domain.ids import DeploymentName, ModelName, NodeId, ReceiptId, RevisionId, TenantId
+from snowdrop.domain.receipt import CallerTimes, Receipt
+from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport
+from snowdrop.domain.usage import UsageRecord, UsageTotal
+from snowdrop.state.memory import stale_deployment
+from snowdrop.state.migrations import MIGRATIONS
+from snowdrop.state.port import LIST_MAX, KeyRecord
+
+BUSY_S_MAX = 5.0
+T = TypeVar("T")
+Row = tuple[Any, ...]
+_encode = msgspec.json.Encoder().encode
+
+
+def open_database(path: Path, migrations: tuple[tuple[str, ...], ...]) -> sqlite3.Connection:
+    """A connection with all migrations applied, one transaction each; SnowdropError if the schema is newer."""
+    connection = sqlite3.connect(path, timeout=BUSY_S_MAX, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version > len(migrations):
+            raise SnowdropError(
+                f"state has schema {version}, this snowdrop knows {len(migrations)}",
+                where=str(path),
+                next_step="run the newer snowdrop that wrote it, or use another --state folder",
+            )
+        for number in range(version, len(migrations)):
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in migrations[number]:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version={number + 1}")
+            connection.execute("COMMIT")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+class SqliteState:
+    """The port over SQLite. Open with `SqliteState.open`, close with `aclose`."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self._connection = connection
+        self._path = path
+        self._one = anyio.CapacityLimiter(1)
+
+    @classmethod
+    async def open(cls, path: Path) -> SqliteState:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return cls(await anyio.to_thread.run_sync(open_database, path, MIGRATIONS), path)
+
+    async def aclose(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self._connection.close, limiter=self._one)
+
+    async def put_model(self, record: ModelRecord) -> None:
+        await self._write(
+            "INSERT OR REPLACE INTO model VALUES (?,?,?)", (record.tenant, record.name, _encode(record))
+        )
+
+    async def get_model(self, tenant: TenantId, name: ModelName) -> ModelRecord | None:
+        return await self._one_body(
+            ModelRecord, "SELECT body FROM model WHERE tenant=? AND name=?", (tenant, name)
+        )
+
+    async def list_models(self, tenant: TenantId) -> list[ModelRecord]:
+        return await self._bodies(ModelRecord, "SELECT body FROM model WHERE tenant=? ORDER BY name", (tenant,))
+
+    async def delete_model(self, tenant: TenantId, name: ModelName) -> bool:
+        return await self._write("DELETE FROM model WHERE tenant=? AND name=?", (tenant, name)) > 0
+
+    async def put_revision(self, revision: Revision) -> None:
+        key = (revision.tenant, revision.deployment, revision.id)
+        body = _encode(revision)
+
+        def work(db: sqlite3.Connection) -> None:
+            row = db.execute("SELECT body FROM revision WHERE tenant=? AND deployment=? AND id=?", key).fetchone()
+            if row is not None and row[0] != body:
+                raise ConflictError(f"revision {revision.id} exists already", where=str(revision.deployment))
+            db.execute("INSERT OR IGNORE INTO revision VALUES (?,?,?,?,?)", (*key, revision.created_unix_ns, body))
+
+        await self._transaction(work)
+
+    async def get_revision(
+        self, tenant: TenantId, deployment: DeploymentName, revision: RevisionId
+    ) -> Revision | None:
+        sql = "SELECT body FROM revision WHERE tenant=? AND deployment=? AND id=?"
+        return await self._one_body(Revision, sql, (tenant, deployment, revision))
+
+    async def list_revisions(self, tenant: TenantId, deployment: DeploymentName) -> list[Revision]:
+        sql = "SELECT body FROM revision WHERE tenant=? AND deployment=? ORDER BY created_unix_ns DESC LIMIT ?"
+        return await self._bodies(Revision, sql, (tenant, deployment, LIST_MAX))
+
+    async def put_deployment(self, deployment: Deployment, *, expected_generation: int) -> None:
+        key = (deployment.tenant, deployment.name)
+
+        def work(db: sqlite3.Connection) -> None:
+            row = db.execute("SELECT generation FROM deployment WHERE tenant=? AND name=?", key).fetchone()
+            stored = row[0] if row else 0
+            if stored != expected_generation:
+                raise stale_deployment(deployment.name, stored, expected_generation)
+            db.execute(
+                "INSERT OR REPLACE INTO deployment VALUES (?,?,?,?)",
+                (*key, deployment.generation, _encode(deployment)),
+            )
+
+        await self._transaction(work)
+
+    async def get_deployment(self, tenant: TenantId, name: DeploymentName) -> Deployment | None:
+        sql = "SELECT body FROM deployment WHERE tenant=? AND name=?"
+        return await self._one_body(Deployment, sql, (tenant, name))
+
+    async def list_deployments(self, tenant: TenantId | None) -> list[Deployment]:
+        sql = "SELECT body FROM deployment WHERE ? IS NULL OR tenant=? ORDER BY tenant, name LIMIT ?"
+        return await self._bodies(Deployment, sql, (tenant, tenant, LIST_MAX))
+
+    async def delete_deployment(self, tenant: TenantId, name: DeploymentName) -> bool:
+        def work(db: sqlite3.Connection) -> bool:
+            db.execute("DELETE FROM revision WHERE tenant=? AND deployment=?", (tenant, name))
+            return db.execute("DELETE FROM deployment WHERE tenant=? AND name=?", (tenant, name)).rowcount > 0
+
+        return await self._transaction(work)
+
+    async def put_replica(self, report: ReplicaReport) -> None:
+        key = report.key
+        await self._write(
+            """INSERT INTO replica VALUES (?,?,?,?,?,?,?) ON CONFLICT (tenant, deployment, id) DO UPDATE SET
+               ended=excluded.ended, version=excluded.version, body=excluded.body
+               WHERE excluded.version > replica.version""",
+            (
+                *(key.tenant, key.deployment, key.replica, report.started_unix_ns),
+                *(report.state in TERMINAL_STATES, report.version, _encode(report)),
+            ),
+        )
+
+    async def list_replicas(
+        self, tenant: TenantId | None, deployment: DeploymentName | None, *, ended: bool, limit: int
+    ) -> list[ReplicaReport]:
+        sql = """SELECT body FROM replica WHERE (? IS NULL OR tenant=?) AND (? IS NULL OR deployment=?)
+                 AND (? OR ended=0) ORDER BY started_unix_ns DESC LIMIT ?"""
+        return await self._bodies(ReplicaReport, sql, (tenant, tenant, deployment, deployment, ended, limit))
+
+    async def put_receipt(self, receipt: Receipt) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            body = receipt
+            row = db.execute("SELECT body FROM receipt WHERE id=?", (receipt.id,)).fetchone()
+            if row is not None and receipt.caller is None:
+                stored = msgspec.json.decode(row[0], type=Receipt)
+                body = msgspec.structs.replace(receipt, caller=stored.caller)
+            db.execute(
+                "INSERT OR REPLACE INTO receipt VALUES (?,?,?,?,?)",
+                (receipt.tenant, receipt.id, receipt.deployment, receipt.started_unix_ns, _encode(body)),
+            )
+
+        await self._transaction(work)
+
+    async def set_caller(self, receipt: ReceiptId, caller: CallerTimes) -> bool:
+        def work(db: sqlite3.Connection) -> bool:
+            row = db.execute("SELECT body FROM receipt WHERE id=?", (receipt,)).fetchone()
+            if row is None:
+                return False
+            stored = msgspec.json.decode(row[0], type=Receipt)
+            if stored.caller is None:
+                body = _encode(msgspec.structs.replace(stored, caller=caller))
+                db.execute("UPDATE receipt SET body=? WHERE id=?", (body, receipt))
+            return True
+
+        return await self._transaction(work)
+
+    async def get_receipt(self, tenant: TenantId, receipt: ReceiptId) -> Receipt | None:
+        sql = "SELECT body FROM receipt WHERE tenant=? AND id=?"
+        return await self._one_body(Receipt, sql, (tenant, receipt))
+
+    async def list_receipts(
+        self, tenant: TenantId, deployment: DeploymentName | None, *, limit: int
+    ) -> list[Receipt]:
+        sql = """SELECT body FROM receipt WHERE tenant=? AND (? IS NULL OR deployment=?)
+                 ORDER BY started_unix_ns DESC LIMIT ?"""
+        return await self._bodies(Receipt, sql, (tenant, deployment, deployment, limit))
+
+    async def append_usage(self, records: tuple[UsageRecord, ...]) -> None:
+        rows = [
+            (
+                *(r.tenant, r.node, r.source, r.sequence, r.deployment, r.revision, r.replica),
+                *(r.unit, r.detail, r.quantity, r.from_unix_ns, r.to_unix_ns),
+            )
+            for r in records
+        ]
+
+        def work(db: sqlite3.Connection) -> None:
+            db.executemany("INSERT OR IGNORE INTO usage VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", rows)
+
+        await self._transaction(work)
+
+    async def last_usage_sequence(self, node: NodeId, source: str) -> int:
+        rows = await self._rows("SELECT max(sequence) FROM usage WHERE node=? AND source=?", (node, source))
+        return int(rows[0][0] or 0)
+
+    async def usage_totals(self, tenant: TenantId) -> list[UsageTotal]:
+        rows = await self._rows(
+            """SELECT deployment, unit, detail, sum(quantity) FROM usage WHERE tenant=?
+               GROUP BY deployment, unit, detail ORDER BY deployment, unit, detail LIMIT ?""",
+            (tenant, LIST_MAX),
+        )
+        return [UsageTotal(deployment=d, unit=u, detail=t, quantity=q) for d, u, t, q in rows]
+
+    async def put_key(self, record: KeyRecord) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            try:
+                db.execute("INSERT INTO api_key VALUES (?,?,?)", (record.tenant, record.name, _encode(record)))
+            except sqlite3.IntegrityError as error:
+                raise ConflictError(
+                    f"a key named {record.name!r} exists", next_step="revoke it first, or choose another"
+                ) from error
+
+        await self._transaction(work)
+
+    async def list_keys(self, tenant: TenantId | None) -> list[KeyRecord]:
+        sql = "SELECT body FROM api_key WHERE ? IS NULL OR tenant=? ORDER BY tenant, name LIMIT ?"
+        return await self._bodies(KeyRecord, sql, (tenant, tenant, LIST_MAX))
+
+    async def delete_key(self, tenant: TenantId, name: str) -> bool:
+        return await self._write("DELETE FROM api_key WHERE tenant=? AND name=?", (tenant, name)) > 0
+
+    async def _write(self, sql: str, values: Row) -> int:
+        return await self._transaction(lambda db: db.execute(sql, values).rowcount)
+
+    async def _rows(self, sql: str, values: Row) -> list[Row]:
+        return await self._transaction(lambda db: db.execute(sql, values).fetchall())
+
+    async def _bodies(self, kind: type[T], sql: str, values: Row) -> list[T]:
+        return [msgspec.json.decode(body, type=kind) for (body,) in await self._rows(sql, values)]
+
+    async def _one_body(self, kind: type[T], sql: str, values: Row) -> T | None:
+        found = await self._bodies(kind, sql, values)
+        return found[0] if found else None
+
+    async def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Runs `work` in one transaction in the worker thread; all of it happens or nothing does."""
+
+        def run() -> T:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                try:
+                    result = work(self._connection)
+                    self._connection.execute("COMMIT")
+                except BaseException:
+                    if self._connection.in_transaction:
+                        self._connection.execute("ROLLBACK")
+                    raise
+            except sqlite3.OperationalError as error:
+                raise self._translated(error) from error
+            return result
+
+        return await anyio.to_thread.run_sync(run, limiter=self._one)
+
+    def _translated(self, error: sqlite3.OperationalError) -> SnowdropError:
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL or "disk I/O" in str(error):
+            return StorageFullError(
+                f"cannot write state: {error}", where=str(self._path), next_step="free space on that disk"
+            )
+        return SnowdropError(f"state database: {error}", where=str(self._path))
