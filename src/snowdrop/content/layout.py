@@ -1,0 +1,18 @@
+"""Names of objects at the origin. Sharded by the first byte of the digest: directories stay small."""
+
+from __future__ import annotations
+
+from snowdrop.domain.ids import Digest
+
+PUBLIC_DOMAIN = "public"
+"""Key domain of content whose chunks are named by their plain hash, shared by all tenants."""
+
+
+def pack_key(domain: str, digest: str) -> str:
+    """`digest` is 64 hex digits, as in PackRef."""
+    return f"{domain}/packs/{digest[:2]}/{digest}"
+
+
+def manifest_key(domain: str, digest: Digest) -> str:
+    name = digest.removeprefix("blake3:")
+    return f"{domain}/manifests/{name[:2]}/{name}"

@@ -1,0 +1,101 @@
+"""Where each chunk of a tree belongs: places in its files, and in a landing area. Pure."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from snowdrop.domain.manifest import Manifest
+from snowdrop.wire.replica import AreaFile
+
+AREA_ALIGNMENT = 4096
+READ_BYTES_MAX = 8 << 20
+"""Most that one thread reads and verifies at a time: the unit of cancellation and of scratch memory."""
+
+
+class FilePlace(NamedTuple):
+    """`length` bytes from `chunk_offset` of a chunk lie at `file_offset` of file `file`."""
+
+    file: int
+    file_offset: int
+    chunk_offset: int
+    length: int
+
+
+class AreaPlace(NamedTuple):
+    """`length` bytes from `chunk_offset` of a chunk lie at `offset` of the area."""
+
+    offset: int
+    chunk_offset: int
+    length: int
+
+
+class Run(NamedTuple):
+    """`count` consecutive chunks, read at once; in place at `area_offset`, or through scratch memory if -1."""
+
+    first: int
+    count: int
+    length: int
+    area_offset: int = -1
+
+
+def file_places(manifest: Manifest) -> list[list[FilePlace]]:
+    """By chunk: every place in the files that holds its bytes."""
+    places: list[list[FilePlace]] = [[] for _ in manifest.chunks]
+    for index, entry in enumerate(manifest.files):
+        for extent in entry.extents:
+            places[extent.chunk].append(FilePlace(index, extent.file_offset, extent.chunk_offset, extent.length))
+    return places
+
+
+class AreaLayout(NamedTuple):
+    """The tensor files of a tree in one landing area, each aligned to AREA_ALIGNMENT."""
+
+    size: int
+    files: tuple[AreaFile, ...]
+    places: dict[int, list[AreaPlace]]
+    whole: dict[int, int]
+    """Where a chunk lies as a whole, if it does anywhere."""
+
+
+def area_layout(manifest: Manifest) -> AreaLayout:
+    files: list[AreaFile] = []
+    places: dict[int, list[AreaPlace]] = {}
+    offset = 0
+    for entry in manifest.files:
+        if not entry.tensors:
+            continue
+        files.append(AreaFile(entry.path, offset, entry.size))
+        for extent in entry.extents:
+            place = AreaPlace(offset + extent.file_offset, extent.chunk_offset, extent.length)
+            places.setdefault(extent.chunk, []).append(place)
+        offset += -(-entry.size // AREA_ALIGNMENT) * AREA_ALIGNMENT
+    whole = {
+        chunk: place.offset
+        for chunk, found in places.items()
+        for place in found[:1]
+        if place.length == manifest.chunks[chunk].plain_bytes
+    }
+    return AreaLayout(offset, tuple(files), places, whole)
+
+
+def plan_runs(manifest: Manifest, chunks: list[int], layout: AreaLayout | None) -> list[Run]:
+    """`chunks` (ascending) as runs of at most READ_BYTES_MAX that lie together both at the source and in the area.
+
+    Without a layout every run goes through scratch memory.
+    """
+    runs: list[Run] = []
+    for chunk in chunks:
+        size = manifest.chunks[chunk].plain_bytes
+        at = layout.whole.get(chunk, -1) if layout is not None else -1
+        last = runs[-1] if runs else None
+        if (
+            last is not None
+            and last.first + last.count == chunk
+            and last.length + size <= READ_BYTES_MAX
+            and (at == -1) == (last.area_offset == -1)
+            and (at == -1 or last.area_offset + last.length == at)
+        ):
+            runs[-1] = last._replace(count=last.count + 1, length=last.length + size)
+        else:
+            runs.append(Run(chunk, 1, size, at))
+    return runs
