@@ -10,6 +10,7 @@ import fcntl
 import mmap
 import os
 from collections import OrderedDict
+from contextlib import suppress
 from errno import ENOMEM, ENOSPC
 
 from snowdrop.content.placement import AreaLayout
@@ -82,20 +83,27 @@ class Area:
     def close(self) -> None:
         """Gives up this process's hold; the pages live on in whoever has mapped them."""
         self._view.release()
-        self._map.close()
+        # A traceback may still hold a window; the mapping then goes when that does.
+        with suppress(BufferError):
+            self._map.close()
         os.close(self._fd)
 
 
 class RamTier:
-    """All landing areas of the node, at most `bytes_max`; the least recently used unpinned ones make room."""
+    """All landing areas of the node, at most `bytes_max`; the least recently used unpinned ones make room.
+
+    For one event loop: `reserve` decides and forgets at once, the slow part (closing what made room, making the
+    new area) is then done in a thread.
+    """
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
         self._areas: OrderedDict[Digest, Area] = OrderedDict()
+        self._reserved: dict[Digest, int] = {}
 
     @property
     def used_bytes(self) -> int:
-        return sum(area.layout.size for area in self._areas.values())
+        return sum(area.layout.size for area in self._areas.values()) + sum(self._reserved.values())
 
     def get(self, digest: Digest) -> Area | None:
         area = self._areas.get(digest)
@@ -103,20 +111,26 @@ class RamTier:
             self._areas.move_to_end(digest)
         return area
 
-    def create(self, digest: Digest, manifest: Manifest, layout: AreaLayout, pinned: set[Digest]) -> Area:
-        """A new area, after evicting what is neither pinned nor needed; raises StorageFullError if none fits."""
-        for other in list(self._areas):
-            if self.used_bytes + layout.size <= self._bytes_max:
+    def reserve(self, digest: Digest, size: int, pinned: set[Digest]) -> list[Area]:
+        """Sets `size` bytes aside and gives the areas to close for it; raises StorageFullError if none fits."""
+        victims: list[Digest] = []
+        free = self._bytes_max - self.used_bytes
+        for other, area in self._areas.items():
+            if free >= size:
                 break
             if other not in pinned:
-                self.evict(other)
-        if self.used_bytes + layout.size > self._bytes_max:
-            raise _no_memory(layout.size, f"ram_bytes_max={self._bytes_max}, in use {self.used_bytes}")
-        area = self._areas[digest] = Area(manifest, layout)
-        return area
+                victims.append(other)
+                free += area.layout.size
+        if free < size:
+            raise _no_memory(size, f"ram_bytes_max={self._bytes_max}, in use {self.used_bytes}")
+        self._reserved[digest] = size
+        return [self._areas.pop(other) for other in victims]
 
-    def evict(self, digest: Digest) -> None:
-        self._areas.pop(digest).close()
+    def settle(self, digest: Digest, area: Area | None) -> None:
+        """Ends a reservation: with the area made for it, or without one because that failed."""
+        del self._reserved[digest]
+        if area is not None:
+            self._areas[digest] = area
 
     def close(self) -> None:
         while self._areas:

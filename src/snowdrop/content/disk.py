@@ -30,8 +30,15 @@ class _Kept(NamedTuple):
     used_ns: int
 
 
+class Reservation(NamedTuple):
+    """`has_room` is False if only the small files fit: tensor files then pass through to the landing area."""
+
+    victims: list[Digest]
+    has_room: bool
+
+
 class DiskTier:
-    """Calls block and belong in threads, one at a time."""
+    """The books (`has`, `reserve`, `touch`) are kept by one event loop; what blocks belongs in threads."""
 
     def __init__(self, directory: Path, bytes_max: int, io: DiskIo | None = None) -> None:
         self._directory = directory
@@ -72,13 +79,41 @@ class DiskTier:
             # Whatever is wrong with the copy, the origin's is the one to judge.
             return None
 
-    def open_landing(self, digest: Digest, manifest: Manifest, pinned: set[Digest]) -> tuple[Landing, bool]:
-        """The artefact's landing directory, and whether its tensor files have room in it.
+    def has(self, digest: Digest) -> bool:
+        return self._path(digest).name in self._kept
 
-        Evicts the least recently used unpinned artefacts. Raises StorageFullError if not even the small files fit.
+    def reserve(self, digest: Digest, manifest: Manifest, pinned: set[Digest]) -> Reservation:
+        """Sets the artefact's bytes aside; the victims are forgotten at once and then to be given to `evict`.
+
+        The least recently used unpinned artefacts go first. Raises StorageFullError if not even the small files
+        fit.
         """
         small = sum(entry.size for entry in manifest.files if not entry.tensors)
-        reserved, has_room = self._reserve(digest, manifest.total_bytes, small, pinned)
+        own = self._path(digest).name
+        others = sorted((kept.used_ns, name) for name, kept in self._kept.items() if name != own)
+        taken = sum(kept.size for name, kept in self._kept.items() if name != own)
+        loose = [(name, self._kept[name].size) for _, name in others if Digest("blake3:" + name) not in pinned]
+        firm = taken - sum(size for _, size in loose)
+        has_room = firm + manifest.total_bytes <= self._bytes_max
+        wanted = manifest.total_bytes if has_room else small
+        if firm + wanted > self._bytes_max:
+            raise StorageFullError(
+                f"no room for {wanted} bytes in the node's cache",
+                where=f"disk_bytes_max={self._bytes_max}, in use {firm}",
+                next_step="raise disk_bytes_max, or scale another deployment down",
+            )
+        victims: list[Digest] = []
+        for name, size in loose:
+            if taken + wanted <= self._bytes_max:
+                break
+            del self._kept[name]
+            victims.append(Digest("blake3:" + name))
+            taken -= size
+        self._kept[own] = _Kept(wanted, time.time_ns())
+        return Reservation(victims, has_room)
+
+    def open_landing(self, digest: Digest, manifest: Manifest) -> Landing:
+        """The artefact's landing directory, made or taken over. Blocks."""
         path = self._path(digest)
         try:
             path.mkdir(exist_ok=True)
@@ -89,8 +124,7 @@ class DiskTier:
             raise translated(error, path) from error
         landing = Landing(path, manifest, self._io)
         landing.open()
-        self._kept[path.name] = _Kept(reserved, time.time_ns())
-        return landing, has_room
+        return landing
 
     def touch(self, digest: Digest) -> None:
         """Marks an artefact as used now."""
@@ -101,11 +135,15 @@ class DiskTier:
             os.utime(path)
 
     def evict(self, digest: Digest) -> None:
-        """Drops an artefact's landing directory. Whoever has one of its files open keeps that file."""
+        """Drops a landing directory. Whoever has one of its files open keeps that file. Blocks."""
         path = self._path(digest)
         doomed = self._trash / fresh_id(path.name)
-        path.rename(doomed)
-        del self._kept[path.name]
+        try:
+            path.rename(doomed)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise translated(error, path) from error
         shutil.rmtree(doomed, ignore_errors=True)
 
     def _path(self, digest: Digest) -> Path:
@@ -134,26 +172,6 @@ class DiskTier:
         for directory, _, names in os.walk(path):
             size += sum((Path(directory) / name).lstat().st_blocks * 512 for name in names)
         return _Kept(size, path.stat().st_mtime_ns)
-
-    def _reserve(self, digest: Digest, full: int, small: int, pinned: set[Digest]) -> tuple[int, bool]:
-        own = self._path(digest).name
-        others = sorted((kept.used_ns, name) for name, kept in self._kept.items() if name != own)
-        taken = sum(kept.size for name, kept in self._kept.items() if name != own)
-        evictable = [(name, self._kept[name].size) for _, name in others if Digest("blake3:" + name) not in pinned]
-        firm = taken - sum(size for _, size in evictable)
-        wanted = full if firm + full <= self._bytes_max else small
-        if firm + wanted > self._bytes_max:
-            raise StorageFullError(
-                f"no room for {wanted} bytes in the node's cache",
-                where=f"disk_bytes_max={self._bytes_max}, in use {firm}",
-                next_step="raise disk_bytes_max, or scale another deployment down",
-            )
-        for name, size in evictable:
-            if taken + wanted <= self._bytes_max:
-                break
-            self.evict(Digest("blake3:" + name))
-            taken -= size
-        return wanted, wanted == full
 
     def _write_manifest(self, path: Path, manifest: Manifest) -> None:
         temporary = path / "manifest.tmp"

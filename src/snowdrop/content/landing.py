@@ -13,6 +13,7 @@ hashes a chunk before it believes it. A file with a missing or unproven-wrong ch
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EDQUOT, ENOSPC
@@ -32,8 +33,8 @@ MODE_MASK = 0o755
 class Landing:
     """One landing directory. A ChunkSource of the chunks that are on disk; calls block and belong in threads.
 
-    `verified` chunks were hashed by this process, on arrival or when read back. Methods that write are called
-    by one thread at a time; OSError becomes StorageFullError or UnavailableError.
+    `verified` chunks were hashed by this process, on arrival or when read back. Every method may be called
+    from any thread; OSError becomes StorageFullError or UnavailableError.
     """
 
     tier: Tier = "disk"
@@ -51,6 +52,7 @@ class Landing:
         self._verified = bytearray(count)
         self._left = [len({extent.chunk for extent in entry.extents}) for entry in manifest.files]
         self._complete = [False] * len(manifest.files)
+        self._lock = threading.RLock()
         self._dirty: set[int] = set()
         self._dirty_directories: set[Path] = set()
 
@@ -99,41 +101,48 @@ class Landing:
             return
         with self._translated():
             for place in self._places[chunk]:
-                self._write_place(place, data[place.chunk_offset : place.chunk_offset + place.length])
-        if not (self._durable[chunk] or self._written[chunk]):
-            self._count(chunk, -1)
-        self._written[chunk] = 1
-        self._verified[chunk] = 1
-        with self._translated():
-            for index in {place.file for place in self._places[chunk]}:
-                self._publish(index)
+                with self._opened(place.file, os.O_WRONLY) as fd:
+                    self._io.write(
+                        fd, data[place.chunk_offset : place.chunk_offset + place.length], place.file_offset
+                    )
+            with self._lock:
+                # Only now: a sync that runs beside must not count these files as done before they are.
+                self._dirty.update(place.file for place in self._places[chunk])
+                if not (self._durable[chunk] or self._written[chunk]):
+                    self._count(chunk, -1)
+                self._written[chunk] = self._verified[chunk] = 1
+                for index in {place.file for place in self._places[chunk]}:
+                    self._publish(index)
 
     def sync(self) -> None:
         """Makes what was written durable, and only then claims it."""
-        claimed = [chunk for chunk, written in enumerate(self._written) if written]
-        with self._translated():
-            for index in sorted(self._dirty):
-                with self._opened(index, os.O_WRONLY) as fd:
-                    self._io.sync_data(fd)
-                    if self._manifest.files[index].tensors:
-                        # Replicas read tensors from the landing area: the page cache need not hold them twice.
-                        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            for directory in sorted(self._dirty_directories):
-                self._io.sync_directory(directory)
-            for chunk in claimed:
-                self._durable[chunk] = 1
-            self._write_map()
-        for chunk in claimed:
-            self._written[chunk] = 0
-        self._dirty.clear()
-        self._dirty_directories.clear()
+        with self._lock:
+            claimed = [chunk for chunk, written in enumerate(self._written) if written]
+            dirty, self._dirty = self._dirty, set()
+            directories, self._dirty_directories = self._dirty_directories, set()
+        try:
+            with self._translated():
+                for index in sorted(dirty):
+                    self._sync_file(index)
+                for directory in sorted(directories):
+                    self._io.sync_directory(directory)
+                with self._lock:
+                    for chunk in claimed:
+                        self._durable[chunk] |= self._written[chunk]
+                        self._written[chunk] = 0
+                    self._write_map()
+        except SnowdropError:
+            with self._lock:
+                self._dirty |= dirty
+                self._dirty_directories |= directories
+            raise
 
     def quarantine(self, chunk: int) -> None:
         """Drops the claim on a chunk whose bytes were wrong and takes its files out of the tree."""
-        if self._durable[chunk] or self._written[chunk]:
-            self._count(chunk, 1)
-        self._durable[chunk] = self._written[chunk] = self._verified[chunk] = 0
-        with self._translated():
+        with self._lock, self._translated():
+            if self._durable[chunk] or self._written[chunk]:
+                self._count(chunk, 1)
+            self._durable[chunk] = self._written[chunk] = self._verified[chunk] = 0
             for index in {place.file for place in self._places[chunk]}:
                 self._hide(index)
             self._write_map()
@@ -176,7 +185,8 @@ class Landing:
 
     @contextmanager
     def _opened(self, index: int, flags: int) -> Iterator[int]:
-        fd = os.open(self._path(index), flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with self._lock:
+            fd = os.open(self._path(index), flags | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             yield fd
         finally:
@@ -192,10 +202,12 @@ class Landing:
                 done += count
         return True
 
-    def _write_place(self, place: FilePlace, data: memoryview) -> None:
-        with self._opened(place.file, os.O_WRONLY) as fd:
-            self._dirty.add(place.file)
-            self._io.write(fd, data, place.file_offset)
+    def _sync_file(self, index: int) -> None:
+        with self._opened(index, os.O_WRONLY) as fd:
+            self._io.sync_data(fd)
+            if self._manifest.files[index].tensors:
+                # Replicas read tensors from the landing area: the page cache need not hold them twice.
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _read_map(self) -> None:
         path = self.directory / "chunks.map"

@@ -99,6 +99,9 @@ def validate_manifest(manifest: Manifest) -> None:
         raise _corrupt("path occurs twice, or as file and directory", clash)
     for entry in manifest.files:
         _check_file(entry, manifest)
+    used = {extent.chunk for entry in manifest.files for extent in entry.extents}
+    if len(used) != len(manifest.chunks):
+        raise _corrupt("some chunks belong to no file", "chunks")
     if manifest.total_bytes > TREE_BYTES_MAX:
         raise _corrupt(f"tree has {manifest.total_bytes} bytes (tree_bytes_max={TREE_BYTES_MAX})", "files")
 

@@ -30,10 +30,10 @@ class AreaPlace(NamedTuple):
 
 
 class Run(NamedTuple):
-    """`count` consecutive chunks, read at once; in place at `area_offset`, or through scratch memory if -1."""
+    """`chunks` consecutive chunks, read at once; in place at `area_offset`, or through scratch memory if -1."""
 
     first: int
-    count: int
+    chunks: int
     length: int
     area_offset: int = -1
 
@@ -90,12 +90,12 @@ def plan_runs(manifest: Manifest, chunks: list[int], layout: AreaLayout | None) 
         last = runs[-1] if runs else None
         if (
             last is not None
-            and last.first + last.count == chunk
+            and last.first + last.chunks == chunk
             and last.length + size <= READ_BYTES_MAX
             and (at == -1) == (last.area_offset == -1)
             and (at == -1 or last.area_offset + last.length == at)
         ):
-            runs[-1] = last._replace(count=last.count + 1, length=last.length + size)
+            runs[-1] = last._replace(chunks=last.chunks + 1, length=last.length + size)
         else:
             runs.append(Run(chunk, 1, size, at))
     return runs

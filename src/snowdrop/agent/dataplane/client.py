@@ -1,0 +1,210 @@
+"""The agent's side: calls to the data plane, and starting its process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+import anyio
+import anyio.abc
+import msgspec
+
+from snowdrop.content.settings import DataPlaneSettings
+from snowdrop.domain.errors import PlatformDownError, ProtocolError, SnowdropError, error_from_body
+from snowdrop.domain.ids import Digest, TenantId
+from snowdrop.domain.receipt import ContentBytes, Span
+from snowdrop.wire.codec import Message
+from snowdrop.wire.dataplane import (
+    FROM_DATA_PLANE,
+    Cancel,
+    Completed,
+    Ensure,
+    Ensured,
+    Refused,
+    Release,
+    WaitDirectory,
+)
+from snowdrop.wire.packet import PacketChannel, packet_pair
+from snowdrop.wire.replica import AreaFile
+
+SEND_S_MAX = 10.0
+"""A data plane that takes no message for so long is treated as gone."""
+Answer = TypeVar("Answer", Ensured, Completed)
+
+
+class EnsuredContent(msgspec.Struct, frozen=True, kw_only=True):
+    """An artefact on this node. `area_fd` belongs to the caller, who must close it; None without an area."""
+
+    directory: Path
+    area_fd: int | None
+    area_bytes: int
+    area_files: tuple[AreaFile, ...]
+    content: ContentBytes
+    spans: tuple[Span, ...]
+
+
+class _Pending:
+    def __init__(self) -> None:
+        self.done = anyio.Event()
+        self.answer: Ensured | Completed | None = None
+        self.error: SnowdropError | None = None
+        self.fds: tuple[int, ...] = ()
+
+
+class DataPlane:
+    """One connection. `run` must be running for calls to be answered; calls may be made by many tasks.
+
+    Every call raises PlatformDownError once the data plane is gone, and what the content path raises otherwise.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._channel = PacketChannel(sock, FROM_DATA_PLANE)
+        self._pending: dict[int, _Pending] = {}
+        self._next_request = 1
+        self._sending = anyio.Lock()
+        self._is_down = False
+
+    async def run(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Reads answers; returns when the data plane is gone, after every pending call has been told."""
+        task_status.started()
+        try:
+            while True:
+                message, fds = await self._channel.receive()
+                self._settle(message, fds)
+        except (EOFError, anyio.ClosedResourceError):
+            return
+        finally:
+            self._is_down = True
+            for pending in self._pending.values():
+                pending.error = _down()
+                pending.done.set()
+            self._channel.close()
+
+    async def ensure(
+        self, tenant: TenantId, manifest: Digest, holder: str, *, map_tensors: bool
+    ) -> EnsuredContent:
+        """Brings an artefact to this node, pinned for `holder` until `release(holder)`.
+
+        A caller that is cancelled, or that fails after this, releases the holder.
+        """
+        request = self._take_number()
+        answer, fds = await self._call(
+            Ensure(request=request, tenant=tenant, manifest=manifest, holder=holder, map_tensors=map_tensors),
+            request,
+            Ensured,
+        )
+        return EnsuredContent(
+            directory=Path(answer.directory),
+            area_fd=fds[0] if fds else None,
+            area_bytes=answer.area_bytes,
+            area_files=answer.area_files,
+            content=answer.content,
+            spans=answer.spans,
+        )
+
+    async def wait_directory(self, manifest: Digest) -> None:
+        """Returns once the artefact's directory holds every file, verified and durable."""
+        request = self._take_number()
+        await self._call(WaitDirectory(request=request, manifest=manifest), request, Completed)
+
+    async def release(self, holder: str) -> None:
+        """Gives up everything that `holder` has. Does nothing if the data plane is gone: so are its pins."""
+        try:
+            await self._send(Release(holder=holder))
+        except PlatformDownError:
+            return
+
+    def _take_number(self) -> int:
+        self._next_request += 1
+        return self._next_request
+
+    async def _call(self, message: Message, request: int, wanted: type[Answer]) -> tuple[Answer, tuple[int, ...]]:
+        pending = self._pending[request] = _Pending()
+        try:
+            await self._send(message)
+            await pending.done.wait()
+            if pending.error is not None:
+                raise pending.error
+            if not isinstance(pending.answer, wanted):
+                raise ProtocolError(
+                    f"{type(message).__name__} was not answered by {wanted.__name__}", where="data plane"
+                )
+            fds, pending.fds = pending.fds, ()
+            return pending.answer, fds
+        finally:
+            del self._pending[request]
+            for fd in pending.fds:
+                os.close(fd)
+            if not pending.done.is_set() and not self._is_down:
+                with anyio.move_on_after(SEND_S_MAX, shield=True):
+                    await self._cancel(request)
+
+    async def _cancel(self, request: int) -> None:
+        try:
+            await self._send(Cancel(request=request))
+        except PlatformDownError:
+            return
+
+    def _settle(self, message: Ensured | Completed | Refused, fds: tuple[int, ...]) -> None:
+        pending = self._pending.get(message.request)
+        if pending is None or pending.done.is_set():
+            # Its caller has given up meanwhile.
+            for fd in fds:
+                os.close(fd)
+            return
+        if isinstance(message, Refused):
+            pending.error = error_from_body(message.error)
+        else:
+            pending.answer = message
+        pending.fds = fds
+        pending.done.set()
+
+    async def _send(self, message: Message) -> None:
+        if self._is_down:
+            raise _down()
+        async with self._sending:
+            try:
+                with anyio.fail_after(SEND_S_MAX):
+                    await self._channel.send(message)
+            except (OSError, anyio.ClosedResourceError) as error:
+                raise _down() from error
+
+
+def _down() -> PlatformDownError:
+    return PlatformDownError(
+        "the node's data plane is gone", where="data plane", next_step="the agent restarts it; try again"
+    )
+
+
+async def start_process(settings: DataPlaneSettings) -> tuple[anyio.abc.Process, DataPlane]:
+    """Starts the data plane's process, which ends with this one; its stderr is ours.
+
+    The caller runs `DataPlane.run` in a task group and, when that returns, waits for the process. Call it from
+    the main thread: the kernel ties the child's life to the thread that made it.
+    """
+    ours, theirs = packet_pair()
+    try:
+        process = await anyio.open_process(
+            [
+                sys.executable,
+                "-m",
+                "snowdrop.agent.dataplane",
+                "--fd",
+                str(theirs.fileno()),
+                "--settings",
+                msgspec.json.encode(settings).decode(),
+            ],
+            stdin=None,
+            stdout=None,
+            stderr=None,
+            pass_fds=(theirs.fileno(),),
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return process, DataPlane(ours)

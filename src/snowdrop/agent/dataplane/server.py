@@ -1,0 +1,144 @@
+"""The data plane's side of its channel: requests in, content out, pins per holder."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import anyio
+
+from snowdrop.content.settings import DataPlaneSettings
+from snowdrop.content.store import ContentStore, open_store
+from snowdrop.domain.errors import SnowdropError, UnavailableError
+from snowdrop.wire.codec import Message
+from snowdrop.wire.dataplane import (
+    TO_DATA_PLANE,
+    Cancel,
+    Completed,
+    Ensure,
+    Ensured,
+    Refused,
+    Release,
+    WaitDirectory,
+)
+from snowdrop.wire.packet import PacketChannel
+
+REQUESTS_MAX = 256
+"""Under way at once; more are refused. They wait for threads, which are far fewer."""
+
+
+async def serve(sock: socket.socket, settings: DataPlaneSettings) -> None:
+    """Serves one agent until it closes its end; then everything that it holds is given up.
+
+    Raises what opening the store raises: InvalidInputError, ConflictError, UnavailableError.
+    """
+    async with open_store(settings) as store:
+        await serve_store(sock, store)
+
+
+async def serve_store(sock: socket.socket, store: ContentStore) -> None:
+    """As `serve`, over a store that is open already."""
+    session = _Session(PacketChannel(sock, TO_DATA_PLANE), store)
+    try:
+        await session.run()
+    finally:
+        session.release_all()
+
+
+class _Session:
+    def __init__(
+        self, channel: PacketChannel[Ensure | WaitDirectory | Release | Cancel], store: ContentStore
+    ) -> None:
+        self._channel = channel
+        self._store = store
+        self._scopes: dict[int, anyio.CancelScope] = {}
+        self._sending = anyio.Lock()
+        self._holders: set[str] = set()
+
+    async def run(self) -> None:
+        async with anyio.create_task_group() as requests:
+            while True:
+                try:
+                    message, fds = await self._channel.receive()
+                except EOFError:
+                    break
+                for fd in fds:
+                    os.close(fd)
+                if isinstance(message, Release):
+                    self._store.release(message.holder)
+                    self._holders.discard(message.holder)
+                elif isinstance(message, Cancel):
+                    self._cancel(message.request)
+                elif len(self._scopes) >= REQUESTS_MAX:
+                    await self._send(_too_many(message.request))
+                else:
+                    # Registered here, not in the task: a Cancel may be the very next message.
+                    scope = self._scopes[message.request] = anyio.CancelScope()
+                    requests.start_soon(self._answer, message, scope)
+            requests.cancel_scope.cancel()
+
+    def release_all(self) -> None:
+        for holder in self._holders:
+            self._store.release(holder)
+
+    def _cancel(self, request: int) -> None:
+        scope = self._scopes.get(request)
+        if scope is not None:
+            scope.cancel()
+
+    async def _answer(self, message: Ensure | WaitDirectory, scope: anyio.CancelScope) -> None:
+        try:
+            with scope:
+                try:
+                    if isinstance(message, Ensure):
+                        await self._ensure(message)
+                    else:
+                        await self._store.wait_directory(message.manifest)
+                        await self._send(Completed(request=message.request))
+                except SnowdropError as error:
+                    await self._send(Refused(request=message.request, error=error.body()))
+        finally:
+            del self._scopes[message.request]
+
+    async def _ensure(self, message: Ensure) -> None:
+        landed = await self._store.ensure(
+            message.tenant, message.manifest, message.holder, map_tensors=message.map_tensors
+        )
+        self._holders.add(message.holder)
+        area = landed.area
+        # A descriptor of its own: a Release while the answer waits to be sent must not close it.
+        fds = (os.dup(area.fileno()),) if area is not None else ()
+        answered = False
+        try:
+            await self._send(
+                Ensured(
+                    request=message.request,
+                    directory=str(landed.directory),
+                    area_bytes=area.layout.size if area is not None else 0,
+                    area_files=area.layout.files if area is not None else (),
+                    content=landed.content,
+                    spans=landed.spans,
+                ),
+                fds,
+            )
+            answered = True
+        finally:
+            for fd in fds:
+                os.close(fd)
+            if not answered:
+                self._store.drop(message.holder, message.manifest)
+
+    async def _send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
+        async with self._sending:
+            try:
+                await self._channel.send(message, fds)
+            except ConnectionError:
+                # The agent is gone; the reader finds the end of the channel and ends the session.
+                return
+
+
+def _too_many(request: int) -> Refused:
+    error = UnavailableError(
+        "the data plane has too many requests", where=f"requests_max={REQUESTS_MAX}", next_step="try again"
+    )
+    return Refused(request=request, error=error.body())
