@@ -1,0 +1,1 @@
+"""What isolates and limits a replica: the launcher port, its implementations, limits and system call filters."""
