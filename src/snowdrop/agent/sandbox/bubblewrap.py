@@ -169,13 +169,15 @@ class BubblewrapLauncher:
             undo.callback(group.close)
             monitor, info_fd, gate_fd = self._spawn(spec, privileges)
             try:
-                with os.fdopen(info_fd, "rb", buffering=0) as info, os.fdopen(gate_fd, "wb", buffering=0) as gate:
-                    init = await self._hold(monitor, info.fileno(), group)
-                    _give_output(spec, privileges)
-                    gate.write(b"x")
+                init = await self._hold(monitor, info_fd, group)
+                _give_output(spec, privileges.drop_to if self._as_uid is None else self._as_uid)
+                os.write(gate_fd, b"x")
             except BaseException:
                 await monitor.close()
                 raise
+            finally:
+                os.close(info_fd)
+                os.close(gate_fd)
             return BubblewrapSandbox(
                 monitor=monitor, init=init, group=group, undo=undo.pop_all(), describe=self.describe
             )
@@ -188,7 +190,7 @@ class BubblewrapLauncher:
         return Privileges(drop_to=uid)
 
     def _spawn(self, spec: LaunchSpec, privileges: Privileges) -> tuple[Child, int, int]:
-        """Starts bwrap, held before the entry. Returns it, where it tells its child's pid, and the gate to open."""
+        """Starts bwrap, held before the entry. Returns it, where it tells its child's pid, and the gate."""
         with ExitStack() as ours, ExitStack() as theirs:
             info_read, info_write = os.pipe()
             gate_read, gate_write = os.pipe()
@@ -232,8 +234,7 @@ class BubblewrapLauncher:
         """Waits for the first process of the sandbox and puts it under its limits. It runs nothing yet."""
         try:
             with anyio.fail_after(LAUNCH_S_MAX):
-                await anyio.wait_readable(info_fd)
-                init = _read_init(os.read(info_fd, INFO_BYTES_MAX))
+                init = await _read_init(info_fd)
         except TimeoutError as error:
             raise SandboxError("bubblewrap did not start", where=f"launch_s_max={LAUNCH_S_MAX}") from error
         try:
@@ -265,9 +266,17 @@ def find_bwrap() -> Path:
     return Path(found)
 
 
-def _read_init(data: bytes) -> Process:
+async def _read_init(info_fd: int) -> Process:
+    """The sandbox's first process, from what bwrap writes, in several pieces, to --info-fd."""
+    told = b""
+    while b"}" not in told and len(told) < INFO_BYTES_MAX:
+        await anyio.wait_readable(info_fd)
+        piece = os.read(info_fd, INFO_BYTES_MAX)
+        if not piece:
+            break
+        told += piece
     try:
-        return Process(msgspec.json.decode(data, type=_Info).child_pid)
+        return Process(msgspec.json.decode(told, type=_Info).child_pid)
     except (msgspec.DecodeError, ProcessLookupError) as error:
         raise SandboxError(
             "bubblewrap could not make the sandbox's namespaces; its reason is in the replica's log",
@@ -276,10 +285,10 @@ def _read_init(data: bytes) -> Process:
         ) from error
 
 
-def _give_output(spec: LaunchSpec, privileges: Privileges) -> None:
+def _give_output(spec: LaunchSpec, uid: int | None) -> None:
     """Makes the log pipes the replica's own, so that it can open /dev/stdout and /dev/stderr."""
-    if privileges.drop_to is None:
+    if uid is None:
         return
     for fd in {spec.output.stdout_fd, spec.output.stderr_fd}:
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
-            os.fchown(fd, privileges.drop_to, -1)
+            os.fchown(fd, uid, -1)
