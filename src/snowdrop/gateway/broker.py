@@ -1,0 +1,178 @@
+"""How a relaying worker gets a slot: one port, two implementations.
+
+`LocalBroker` lives in the owner's process and calls the queue directly; `RemoteBroker` speaks to the owner over
+a unix socket. A worker does not know which one it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+import anyio
+import anyio.abc
+
+from snowdrop.domain.errors import PlatformDownError, error_from_body
+from snowdrop.domain.ids import DeploymentName, ReceiptId
+from snowdrop.domain.receipt import CallerTimes
+from snowdrop.gateway.owner import Owner
+from snowdrop.wire.codec import PROTOCOL_VERSION, Message
+from snowdrop.wire.slots import (
+    TO_WORKER,
+    Acquire,
+    CancelWait,
+    Denied,
+    Granted,
+    ReleaseLease,
+    ReportServed,
+    ReportUnreachable,
+    ToWorker,
+    WorkerHello,
+)
+from snowdrop.wire.stream import MessageStream
+
+OUTBOX_MAX = 100_000
+"""Messages a worker may have waiting for its owner; more than all requests it can hold at once."""
+
+
+class Broker(Protocol):
+    """Slots for requests. Every Granted must be given back with exactly one `release` or `unreachable`."""
+
+    async def acquire(
+        self, key_sha256: str | None, deployment: DeploymentName, *, arrived_unix_ns: int
+    ) -> Granted:
+        """Waits for a slot; raises the typed error of a refusal. Cancelling gives up the place in the queue."""
+        ...
+
+    def release(self, granted: Granted) -> None: ...
+    def unreachable(self, granted: Granted, message: str) -> None: ...
+    def served(self, receipt: ReceiptId, caller: CallerTimes) -> None: ...
+
+
+class _Tickets:
+    """Numbers requests and matches answers to them."""
+
+    def __init__(self) -> None:
+        self._next = 1
+        self._waiting: dict[int, asyncio.Future[Granted]] = {}
+
+    def open(self) -> tuple[int, asyncio.Future[Granted]]:
+        ticket = self._next
+        self._next += 1
+        future: asyncio.Future[Granted] = asyncio.get_running_loop().create_future()
+        self._waiting[ticket] = future
+        return ticket, future
+
+    def answer(self, message: ToWorker) -> None:
+        future = self._waiting.pop(message.ticket, None)
+        if future is None or future.done():
+            return
+        if isinstance(message, Denied):
+            future.set_exception(error_from_body(message.error))
+        else:
+            future.set_result(message)
+
+    def close(self, ticket: int) -> None:
+        self._waiting.pop(ticket, None)
+
+    def fail_all(self, error: Exception) -> None:
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(error)
+        self._waiting.clear()
+
+
+class LocalBroker:
+    """A worker in the owner's own process."""
+
+    def __init__(self, owner: Owner, worker: str) -> None:
+        self._owner = owner
+        self._worker = worker
+        self._tickets = _Tickets()
+        owner.attach(worker, self._tickets.answer)
+
+    async def acquire(
+        self, key_sha256: str | None, deployment: DeploymentName, *, arrived_unix_ns: int
+    ) -> Granted:
+        ticket, future = self._tickets.open()
+        request = Acquire(
+            ticket=ticket, key_sha256=key_sha256, deployment=deployment, arrived_unix_ns=arrived_unix_ns
+        )
+        self._owner.arrive(self._worker, request)
+        if future.done():
+            return future.result()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._tickets.close(ticket)
+            self._owner.cancel(self._worker, ticket)
+            raise
+
+    def release(self, granted: Granted) -> None:
+        self._owner.release(granted.lease)
+
+    def unreachable(self, granted: Granted, message: str) -> None:
+        self._owner.unreachable(granted.lease, message)
+
+    def served(self, receipt: ReceiptId, caller: CallerTimes) -> None:
+        self._owner.served(receipt, caller)
+
+
+class RemoteBroker:
+    """A worker in a process of its own. `run` keeps the connection; when it breaks, the worker must end.
+
+    A worker that outlived its owner would relay under leases that nobody counts.
+    """
+
+    def __init__(self, worker: str) -> None:
+        self._worker = worker
+        self._tickets = _Tickets()
+        self._send, self._outbox = anyio.create_memory_object_stream[Message](OUTBOX_MAX)
+
+    async def run(self, stream: anyio.abc.ByteStream, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+        """Speaks to the owner until the connection ends."""
+        messages: MessageStream[ToWorker] = MessageStream(stream, TO_WORKER)
+        await messages.send(WorkerHello(version=PROTOCOL_VERSION, worker=self._worker))
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._write, messages)
+                task_status.started()
+                async for message in messages:
+                    self._tickets.answer(message)
+                tasks.cancel_scope.cancel()
+        finally:
+            self._tickets.fail_all(
+                PlatformDownError("the gateway's queue owner is gone", where="gateway", next_step="try again")
+            )
+            await messages.aclose()
+
+    async def acquire(
+        self, key_sha256: str | None, deployment: DeploymentName, *, arrived_unix_ns: int
+    ) -> Granted:
+        ticket, future = self._tickets.open()
+        request = Acquire(
+            ticket=ticket, key_sha256=key_sha256, deployment=deployment, arrived_unix_ns=arrived_unix_ns
+        )
+        self._send.send_nowait(request)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._tickets.close(ticket)
+            self._send.send_nowait(CancelWait(ticket=ticket))
+            raise
+
+    def release(self, granted: Granted) -> None:
+        self._send.send_nowait(ReleaseLease(lease=granted.lease))
+
+    def unreachable(self, granted: Granted, message: str) -> None:
+        self._send.send_nowait(ReportUnreachable(lease=granted.lease, message=message))
+
+    def served(self, receipt: ReceiptId, caller: CallerTimes) -> None:
+        self._send.send_nowait(ReportServed(receipt=receipt, caller=caller))
+
+    async def _write(self, messages: MessageStream[ToWorker]) -> None:
+        async for message in self._outbox:
+            try:
+                await messages.send(message)
+            except anyio.BrokenResourceError:
+                return

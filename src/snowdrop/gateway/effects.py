@@ -1,0 +1,77 @@
+"""What the queues want done: values that `QueueCore` returns and the owner carries out."""
+
+from __future__ import annotations
+
+import msgspec
+
+from snowdrop.domain.errors import NotFoundError, QueueFullError, SnowdropError, TimedOutError
+from snowdrop.domain.ids import DeploymentName, ReplicaId, TenantId
+from snowdrop.policy.admission import RETRY_AFTER_S_MIN
+from snowdrop.wire.control import DeploymentRoute
+from snowdrop.wire.slots import Denied, Granted
+
+DeploymentKey = tuple[TenantId, DeploymentName]
+
+
+class Now(msgspec.Struct, frozen=True):
+    """The two clocks: monotonic seconds for decisions, unix nanoseconds for records."""
+
+    s: float
+    unix_ns: int
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """Send `message` to `worker`: its request has a slot."""
+
+    worker: str
+    message: Granted
+
+
+class Deny(msgspec.Struct, frozen=True):
+    """Send `message` to `worker`: its request gets an error."""
+
+    worker: str
+    message: Denied
+
+
+class DemandChanged(msgspec.Struct, frozen=True):
+    """A request found no slot: tell control now instead of with the next report."""
+
+    key: DeploymentKey
+
+
+class Idle(msgspec.Struct, frozen=True):
+    """A replica that may get nothing more has nothing in flight here."""
+
+    replica: ReplicaId
+
+
+Effect = Grant | Deny | DemandChanged | Idle
+
+
+def deny(worker: str, ticket: int, error: SnowdropError) -> Deny:
+    return Deny(worker, Denied(ticket=ticket, error=error.body()))
+
+
+def unknown(name: str) -> NotFoundError:
+    return NotFoundError(
+        f"there is no deployment {name!r}", where="request path", next_step="`snowdrop ps` lists deployments"
+    )
+
+
+def queue_full(route: DeploymentRoute, *, waiting: int, retry_after_s: float) -> QueueFullError:
+    return QueueFullError(
+        f"{waiting} requests are waiting for {route.deployment!r} already",
+        where=f"queue.length_max={route.queue.length_max}",
+        next_step="try again later, or raise scale.max, concurrency or queue.length_max",
+        retry_after_s=retry_after_s,
+    )
+
+
+def waited_too_long(route: DeploymentRoute, *, ready: int) -> TimedOutError:
+    return TimedOutError(
+        f"no slot came free for {route.deployment!r} ({ready} replicas ready, {route.starting} starting)",
+        where=f"queue.wait_s_max={route.queue.wait_s_max:g}",
+        next_step="try again; `snowdrop describe` says what the deployment is doing",
+        retry_after_s=RETRY_AFTER_S_MIN,
+    )

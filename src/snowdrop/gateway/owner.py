@@ -1,0 +1,223 @@
+"""The owner of the queues: runs QueueCore for its workers, wherever they are, and tells control the load.
+
+All of it runs on one event loop, so the core needs no lock. What must reach control goes through `outbox`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Protocol
+
+import anyio
+import anyio.abc
+from anyio.streams.memory import MemoryObjectReceiveStream
+
+from snowdrop.domain.errors import ProtocolError
+from snowdrop.domain.ids import ReceiptId
+from snowdrop.domain.receipt import CallerTimes
+from snowdrop.gateway.effects import DemandChanged, Effect, Grant, Idle, Now
+from snowdrop.gateway.queue import QueueCore
+from snowdrop.wire.codec import Message, check_version
+from snowdrop.wire.control import (
+    CallerServed,
+    CallerStored,
+    LoadReport,
+    ReplicaIdle,
+    ReplicaUnreachable,
+    RouteChanged,
+    Routes,
+    ToGateway,
+)
+from snowdrop.wire.slots import (
+    FROM_WORKER,
+    Acquire,
+    CancelWait,
+    FromWorker,
+    ReleaseLease,
+    ReportServed,
+    ReportUnreachable,
+    ToWorker,
+    WorkerHello,
+)
+from snowdrop.wire.stream import MessageStream
+
+CALLERS_MAX = 10_000
+"""Receipts whose caller control has not confirmed; beyond it the oldest are given up."""
+WORKER_OUTBOX_MAX = 100_000
+TICK_S = 0.25
+HELLO_S_MAX = 5.0
+
+
+class Uplink(Protocol):
+    """Where messages for control go. They may be dropped while control is away: loads are sent whole again."""
+
+    def send_soon(self, message: Message) -> None: ...
+    def load_changed(self) -> None:
+        """The load should be reported now; many calls in a row make one report."""
+        ...
+
+
+class Owner:
+    """Wraps the core with time, workers and control."""
+
+    def __init__(self, core: QueueCore, gateway: str) -> None:
+        self._core = core
+        self._gateway = gateway
+        self._workers: dict[str, Callable[[ToWorker], None]] = {}
+        self._uplink: Uplink | None = None
+        self._callers: dict[ReceiptId, CallerTimes] = {}
+
+    # --- workers ------------------------------------------------------------------------------------------
+
+    def attach(self, worker: str, answer: Callable[[ToWorker], None]) -> None:
+        """A worker is there; its grants and denials go to `answer`."""
+        self._workers[worker] = answer
+
+    def detach(self, worker: str) -> None:
+        """A worker is gone: its leases are reclaimed at once."""
+        self._workers.pop(worker, None)
+        self._carry_out(self._core.worker_gone(worker, _now()))
+
+    def arrive(self, worker: str, request: Acquire) -> None:
+        self._carry_out(self._core.arrive(worker, request, _now()))
+
+    def cancel(self, worker: str, ticket: int) -> None:
+        self._carry_out(self._core.cancel(worker, ticket, _now()))
+
+    def release(self, lease: int) -> None:
+        self._carry_out(self._core.release(lease, _now()))
+
+    def unreachable(self, lease: int, message: str) -> None:
+        replica, effects = self._core.unreachable(lease, _now())
+        if replica is not None:
+            self._say(ReplicaUnreachable(gateway=self._gateway, replica=replica, message=message))
+        self._carry_out(effects)
+
+    def served(self, receipt: ReceiptId, caller: CallerTimes) -> None:
+        """Kept until control has stored it, so that a restart of control loses no receipt's caller."""
+        while len(self._callers) >= CALLERS_MAX:
+            del self._callers[next(iter(self._callers))]
+        self._callers[receipt] = caller
+        self._say(CallerServed(receipt=receipt, caller=caller))
+
+    async def serve_workers(self, listener: anyio.abc.SocketListener) -> None:
+        """Accepts workers of other processes."""
+        await listener.serve(self._serve_worker)
+
+    async def _serve_worker(self, stream: anyio.abc.ByteStream) -> None:
+        messages: MessageStream[FromWorker] = MessageStream(stream, FROM_WORKER)
+        try:
+            with anyio.fail_after(HELLO_S_MAX):
+                hello = await messages.receive()
+            if not isinstance(hello, WorkerHello):
+                raise ProtocolError("a worker must say hello first", where="hello")
+            check_version(hello.version, peer=f"gateway worker {hello.worker}")
+        except (TimeoutError, ProtocolError, anyio.EndOfStream):
+            await messages.aclose()
+            return
+        send, outbox = anyio.create_memory_object_stream[ToWorker](WORKER_OUTBOX_MAX)
+        self.attach(hello.worker, send.send_nowait)
+        try:
+            async with anyio.create_task_group() as tasks, aclosing(messages):
+                tasks.start_soon(_write_to_worker, messages, outbox)
+                async for message in messages:
+                    self._handle(hello.worker, message)
+                tasks.cancel_scope.cancel()
+        finally:
+            self.detach(hello.worker)
+            send.close()
+            outbox.close()
+
+    def _handle(self, worker: str, message: FromWorker) -> None:
+        if isinstance(message, Acquire):
+            self.arrive(worker, message)
+        elif isinstance(message, ReleaseLease):
+            self.release(message.lease)
+        elif isinstance(message, CancelWait):
+            self.cancel(worker, message.ticket)
+        elif isinstance(message, ReportUnreachable):
+            self.unreachable(message.lease, message.message)
+        elif isinstance(message, ReportServed):
+            self.served(message.receipt, message.caller)
+
+    # --- control ------------------------------------------------------------------------------------------
+
+    def connected(self, uplink: Uplink) -> None:
+        """Control is there (again): says what it may have missed."""
+        self._uplink = uplink
+        self._load_changed()
+        for receipt, caller in self._callers.items():
+            self._say(CallerServed(receipt=receipt, caller=caller))
+
+    def disconnected(self) -> None:
+        self._uplink = None
+
+    def from_control(self, message: ToGateway) -> None:
+        """Applies one message of control."""
+        if isinstance(message, Routes):
+            self._carry_out(self._core.set_routes(message.deployments, message.keys, _now()))
+        elif isinstance(message, RouteChanged):
+            key = (message.tenant, message.deployment)
+            self._carry_out(self._core.change_route(key, message.route, _now()))
+        elif isinstance(message, CallerStored):
+            self._callers.pop(message.receipt, None)
+
+    def load_report(self) -> LoadReport:
+        return LoadReport(gateway=self._gateway, loads=self._core.loads())
+
+    async def run(self, *, load_report_s: float) -> None:
+        """Ends late waits and reports the load while there is any, and once when it is gone."""
+        reported_busy = False
+        next_report_s = 0.0
+        while True:
+            await anyio.sleep(min(TICK_S, load_report_s))
+            self._carry_out(self._core.tick(_now()))
+            if time.monotonic() < next_report_s:
+                continue
+            next_report_s = time.monotonic() + load_report_s
+            busy = self._core.busy
+            if busy or reported_busy:
+                self._load_changed()
+            reported_busy = busy
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        demand = False
+        for effect in effects:
+            if isinstance(effect, DemandChanged):
+                demand = True
+            elif isinstance(effect, Idle):
+                self._say(ReplicaIdle(gateway=self._gateway, replica=effect.replica))
+            else:
+                answer = self._workers.get(effect.worker)
+                if answer is not None:
+                    answer(effect.message)
+                elif isinstance(effect, Grant):
+                    self._carry_out(self._core.release(effect.message.lease, _now()))
+        if demand:
+            self._load_changed()
+
+    def _load_changed(self) -> None:
+        if self._uplink is not None:
+            self._uplink.load_changed()
+
+    def _say(self, message: Message) -> None:
+        if self._uplink is not None:
+            self._uplink.send_soon(message)
+
+
+async def _write_to_worker(
+    messages: MessageStream[FromWorker], outbox: MemoryObjectReceiveStream[ToWorker]
+) -> None:
+    async for message in outbox:
+        try:
+            await messages.send(message)
+        except anyio.BrokenResourceError:
+            return
+
+
+def _now() -> Now:
+    return Now(time.monotonic(), time.time_ns())

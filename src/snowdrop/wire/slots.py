@@ -1,0 +1,78 @@
+"""Gateway worker <-> owner of the queues.
+
+A worker asks for a slot and gets a lease. All leases of a worker end with its connection, so a worker that
+dies holds nothing back.
+"""
+
+from __future__ import annotations
+
+from snowdrop.domain.errors import ErrorBody
+from snowdrop.domain.ids import DeploymentName, ReceiptId, ReplicaId
+from snowdrop.domain.receipt import CallerTimes, Span
+from snowdrop.wire.codec import Codec, Message
+
+
+class WorkerHello(Message, frozen=True, kw_only=True):
+    version: int
+    worker: str
+
+
+class Acquire(Message, frozen=True, kw_only=True):
+    """One request wants one slot. `ticket` is the worker's own number for it."""
+
+    ticket: int
+    key_sha256: str | None
+    deployment: DeploymentName
+    arrived_unix_ns: int
+
+
+class CancelWait(Message, frozen=True, kw_only=True):
+    """The client is gone; if the slot was granted meanwhile it is given back."""
+
+    ticket: int
+
+
+class ReleaseLease(Message, frozen=True, kw_only=True):
+    lease: int
+
+
+class ReportUnreachable(Message, frozen=True, kw_only=True):
+    """A connection to the replica of this lease could not be made; the lease ends with it."""
+
+    lease: int
+    message: str
+
+
+class ReportServed(Message, frozen=True, kw_only=True):
+    """The first answer of a new replica, for its receipt."""
+
+    receipt: ReceiptId
+    caller: CallerTimes
+
+
+class Granted(Message, frozen=True, kw_only=True):
+    """A slot at a replica. For a caller that waited for the start, `receipt` and `spans` say what for."""
+
+    ticket: int
+    lease: int
+    replica: ReplicaId
+    socket_path: str
+    request_s_max: float
+    granted_unix_ns: int
+    receipt: ReceiptId | None = None
+    first_served: bool = False
+    spans: tuple[Span, ...] = ()
+
+
+class Denied(Message, frozen=True, kw_only=True):
+    """No slot, and why. `status` is the HTTP status of the error's kind."""
+
+    ticket: int
+    error: ErrorBody
+
+
+FromWorker = WorkerHello | Acquire | CancelWait | ReleaseLease | ReportUnreachable | ReportServed
+ToWorker = Granted | Denied
+
+FROM_WORKER: Codec[FromWorker] = Codec(FromWorker)
+TO_WORKER: Codec[ToWorker] = Codec(ToWorker)
