@@ -6,6 +6,7 @@ used is found out by doing it, in `detect`.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -24,6 +25,8 @@ CPU_PERIOD_US = 100_000
 CPU_QUOTA_US_MIN = 1_000
 REMOVE_S_MAX = 2.0
 REMOVE_RETRY_S = 0.01
+CLOSE_TRIES = 20
+CLOSE_RETRY_S = 0.001
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -97,8 +100,16 @@ class CgroupGroup:
         return read_pids(self.path / "cgroup.procs")
 
     def close(self) -> None:
-        with suppress(OSError):
-            os.rmdir(self.path)  # noqa: PTH106 (a cgroup goes with its files inside)
+        # The kernel lets go of a process a moment after its end was told. What stays is swept at the next start.
+        for _ in range(CLOSE_TRIES):
+            try:
+                os.rmdir(self.path)  # noqa: PTH106 (a cgroup goes with its files inside)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    return
+                time.sleep(CLOSE_RETRY_S)
+            else:
+                return
 
 
 class CgroupBackend:
