@@ -7,6 +7,7 @@ cancels a load does so between two ranges.
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -142,9 +143,12 @@ class DirectoryOrigin:
 
     def size(self, key: str) -> int:
         try:
-            return self._path(key).stat().st_size
+            status = self._path(key).stat()
         except OSError as error:
             raise self._translated(error, key) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise _missing(key)
+        return status.st_size
 
     def read_range(self, key: str, offset: int, into: memoryview) -> None:
         try:

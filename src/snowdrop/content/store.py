@@ -231,9 +231,9 @@ class ContentStore:
             with anyio.CancelScope(shield=True):
                 for victim in reservation.victims:
                     await anyio.to_thread.run_sync(self._disk.evict, victim)
-                landing = artefact.landing or await anyio.to_thread.run_sync(
-                    self._disk.open_landing, digest, artefact.manifest
-                )
+            landing = artefact.landing
+            if landing is None:
+                landing = await anyio.to_thread.run_sync(self._disk.open_landing, digest, artefact.manifest)
             artefact.landing = landing
         return landing
 

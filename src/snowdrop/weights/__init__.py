@@ -1,1 +1,1 @@
-"""Weights as user code gets them: tensors over landing areas or files. No framework is imported until asked for."""
+"""Weights as user code gets them: tensors over landing areas or files. Frameworks are imported when asked for."""

@@ -1,0 +1,99 @@
+"""Trees, packs and disks for the tests of the content path."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+from snowdrop.content.diskio import DiskIo
+from snowdrop.content.ingest import PushResult, push_directory
+from snowdrop.content.origin import MemoryOrigin, Origin
+from snowdrop.content.settings import DataPlaneSettings
+from snowdrop.domain.ids import DEFAULT_TENANT
+
+
+def safetensors_bytes(tensors: Mapping[str, tuple[str, list[int], bytes]]) -> bytes:
+    """A safetensors file of (dtype, shape, data), laid out in the order given."""
+    table: dict[str, object] = {}
+    body = b""
+    for name, (dtype, shape, data) in tensors.items():
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    return framed(json.dumps(table).encode(), body)
+
+
+def framed(header: bytes, body: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + body
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def write_model(root: Path, *, seed: int = 0) -> Path:
+    """A small model: a large tensor, small ones, a config and an empty file."""
+    root.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "big": ("U8", [5 << 20], noise(5 << 20, seed)),
+        "half": ("U8", [300 << 10], noise(300 << 10, seed + 1)),
+        **{f"tiny{index}": ("U8", [100], noise(100, seed + 10 + index)) for index in range(5)},
+    }
+    (root / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+    (root / "config.json").write_text('{"a": 1}')
+    (root / "nested").mkdir(exist_ok=True)
+    (root / "nested/vocab.txt").write_bytes(noise(70_000, seed + 3))
+    (root / "empty").write_bytes(b"")
+    return root
+
+
+def push(source: Path, origin: Origin) -> PushResult:
+    return push_directory(source, origin, kind="model", tenant=DEFAULT_TENANT)
+
+
+def settings_for(cache: Path, *, origin_url: str = "file:///unused", **changes: int) -> DataPlaneSettings:
+    limits = {"ram_bytes_max": 64 << 20, "disk_bytes_max": 64 << 20, "fetch_threads": 4} | changes
+    return DataPlaneSettings(origin_url=origin_url, cache_directory=str(cache), **limits)
+
+
+class CountingOrigin(MemoryOrigin):
+    """Counts the bytes of packs that are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pack_bytes_read = 0
+
+    def read_range(self, key: str, offset: int, into: memoryview) -> None:
+        super().read_range(key, offset, into)
+        if "/packs/" in key:
+            self.pack_bytes_read += len(into)
+
+    def packs(self) -> list[str]:
+        return sorted(key for key in self.objects if "/packs/" in key)
+
+    def flip_byte(self, wanted: bytes) -> None:
+        """Damages the first pack that holds `wanted`, inside of it."""
+        for key in self.packs():
+            at = self.objects[key].find(wanted)
+            if at >= 0:
+                damaged = bytearray(self.objects[key])
+                damaged[at] ^= 1
+                self.objects[key] = bytes(damaged)
+                return
+        raise AssertionError("no pack holds these bytes")
+
+
+class FullDisk(DiskIo):
+    """ENOSPC once `free_bytes` have been written; the map of chunks is preallocated and always has room."""
+
+    def __init__(self, free_bytes: int) -> None:
+        self.free_bytes = free_bytes
+
+    def write(self, fd: int, view: memoryview, offset: int) -> None:
+        if len(view) > 64:
+            self.free_bytes -= len(view)
+            if self.free_bytes < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        super().write(fd, view, offset)

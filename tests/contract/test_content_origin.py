@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import pytest
+
+from snowdrop.content.origin import DirectoryOrigin, MemoryOrigin, Origin, open_origin
+from snowdrop.domain.errors import IntegrityError, InvalidInputError, NotFoundError
+
+
+class OriginContract:
+    """What every origin does. A new one adds a subclass with its `origin` fixture."""
+
+    def test_what_was_put_is_read(self, origin: Origin) -> None:
+        origin.put("a/packs/00/x", b"0123456789")
+        into = bytearray(4)
+        origin.read_range("a/packs/00/x", 3, memoryview(into))
+        assert into == b"3456"
+        assert origin.exists("a/packs/00/x")
+        assert origin.size("a/packs/00/x") == 10
+
+    def test_putting_again_replaces_the_whole(self, origin: Origin) -> None:
+        origin.put("k", b"long value")
+        origin.put("k", memoryview(b"short"))
+        assert origin.size("k") == 5
+
+    def test_an_empty_range_is_read_from_an_empty_object(self, origin: Origin) -> None:
+        origin.put("k", b"")
+        origin.read_range("k", 0, memoryview(bytearray()))
+        assert origin.size("k") == 0
+
+    def test_a_missing_object_is_not_found(self, origin: Origin) -> None:
+        origin.put("a/b", b"x")
+        for key in ("a", "a/b/c", "missing"):
+            assert not origin.exists(key)
+            with pytest.raises(NotFoundError):
+                origin.size(key)
+            with pytest.raises(NotFoundError):
+                origin.read_range(key, 0, memoryview(bytearray(1)))
+
+    @pytest.mark.parametrize("offset", [2, 5, 50])
+    def test_a_range_beyond_the_end_is_an_integrity_error(self, origin: Origin, offset: int) -> None:
+        origin.put("k", b"12345")
+        with pytest.raises(IntegrityError, match="k"):
+            origin.read_range("k", offset, memoryview(bytearray(4)))
+
+    def test_list_gives_the_keys_of_a_prefix(self, origin: Origin) -> None:
+        for key in ("a/1", "a/2", "b/1"):
+            origin.put(key, b"x")
+        assert sorted(origin.list("a/")) == ["a/1", "a/2"]
+        assert sorted(origin.list("")) == ["a/1", "a/2", "b/1"]
+
+    def test_delete_removes_and_may_be_repeated(self, origin: Origin) -> None:
+        origin.put("k", b"x")
+        origin.delete("k")
+        origin.delete("k")
+        assert not origin.exists("k")
+
+    @pytest.mark.parametrize("key", ["../out", "/abs", "", "a//b"])
+    def test_a_key_that_leaves_the_origin_is_refused(self, origin: Origin, key: str) -> None:
+        with pytest.raises(InvalidInputError):
+            origin.put(key, b"x")
+
+
+class TestMemoryOrigin(OriginContract):
+    @pytest.fixture
+    def origin(self) -> Origin:
+        return MemoryOrigin()
+
+
+class TestDirectoryOrigin(OriginContract):
+    @pytest.fixture
+    def origin(self, tmp_path: Path) -> Origin:
+        return DirectoryOrigin(tmp_path / "origin")
+
+
+def test_a_file_url_opens_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "with space").mkdir()
+    open_origin(f"file://{tmp_path}/with%20space").put("k", b"x")
+    assert (tmp_path / "with space/k").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket", "/plain", "file://host/x", "file:relative", ""])
+def test_another_url_is_refused_with_what_is_served(url: str) -> None:
+    with pytest.raises(InvalidInputError, match="file:///"):
+        open_origin(url)

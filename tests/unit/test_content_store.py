@@ -1,0 +1,397 @@
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import pytest
+
+from content_helpers import CountingOrigin, FullDisk, noise, push, safetensors_bytes, settings_for, write_model
+from snowdrop.content.disk import DiskTier
+from snowdrop.content.diskio import DiskIo
+from snowdrop.content.store import ContentStore, Landed, open_store
+from snowdrop.domain.errors import (
+    ConflictError,
+    IntegrityError,
+    NotFoundError,
+    StorageFullError,
+    UnavailableError,
+)
+from snowdrop.domain.ids import DEFAULT_TENANT, Digest
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+@pytest.fixture
+def origin() -> CountingOrigin:
+    return CountingOrigin()
+
+
+async def ensure(store: ContentStore, digest: Digest, holder: str = "h", *, map_tensors: bool = True) -> Landed:
+    return await store.ensure(DEFAULT_TENANT, digest, holder, map_tensors=map_tensors)
+
+
+def area_bytes(landed: Landed, path: str) -> bytes:
+    assert landed.area is not None
+    file = next(file for file in landed.area.layout.files if file.path == path)
+    return bytes(landed.area.window(file.offset, file.size))
+
+
+def assert_tree(landed: Landed, source: Path) -> None:
+    found = {path.relative_to(landed.directory): path for path in landed.directory.rglob("*") if path.is_file()}
+    wanted = {path.relative_to(source): path for path in source.rglob("*") if path.is_file()}
+    assert {name: path.read_bytes() for name, path in found.items()} == {
+        name: path.read_bytes() for name, path in wanted.items()
+    }
+
+
+async def test_first_from_origin_then_from_ram_then_after_a_restart_from_disk(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    digest = push(source, origin).artefact.manifest
+    total = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    weights = (source / "model.safetensors").read_bytes()
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        first = await ensure(store, digest)
+        assert area_bytes(first, "model.safetensors") == weights
+        assert (first.directory / "nested/vocab.txt").read_bytes() == (source / "nested/vocab.txt").read_bytes()
+        assert first.content.origin == first.content.total == total
+        assert [span.name for span in first.spans] == ["manifest", "fetch"]
+        second = await ensure(store, digest, "other")
+        assert second.area is first.area
+        assert (second.content.ram, second.content.disk) == (len(weights), total - len(weights))
+        await store.wait_directory(digest)
+        assert_tree(first, source)
+    assert origin.pack_bytes_read == total
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        again = await ensure(store, digest)
+        assert again.content.disk == again.content.total == total
+        assert area_bytes(again, "model.safetensors") == weights
+    assert origin.pack_bytes_read == total
+
+
+async def test_two_at_once_do_the_work_once(tmp_path: Path, source: Path, origin: CountingOrigin) -> None:
+    digest = push(source, origin).artefact.manifest
+    got: list[Landed] = []
+
+    async def one(holder: str) -> None:
+        got.append(await ensure(store, digest, holder))
+
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        async with anyio.create_task_group() as tasks:
+            for holder in ("a", "b", "c"):
+                tasks.start_soon(one, holder)
+        assert sum(landed.content.origin for landed in got) == origin.pack_bytes_read == got[0].content.total
+
+
+async def test_without_mapping_every_file_is_in_the_directory(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    digest = push(source, origin).artefact.manifest
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        landed = await ensure(store, digest, map_tensors=False)
+        assert landed.area is None
+        assert_tree(landed, source)
+
+
+async def test_a_tensor_file_is_not_visible_before_it_is_whole(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    digest = push(source, origin).artefact.manifest
+    disk = DiskTier(tmp_path / "cache", 64 << 20, FullDisk(200_000))
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin, disk=disk) as store:
+        landed = await ensure(store, digest)
+        with pytest.raises(StorageFullError):
+            await store.wait_directory(digest)
+        assert not (landed.directory / "model.safetensors").exists()
+        assert (landed.directory / "config.json").exists()
+
+
+async def test_an_unknown_artefact_is_not_found(tmp_path: Path, origin: CountingOrigin) -> None:
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        with pytest.raises(NotFoundError):
+            await ensure(store, Digest("blake3:" + "0" * 64))
+        with pytest.raises(NotFoundError):
+            await store.wait_directory(Digest("blake3:" + "0" * 64))
+
+
+@pytest.mark.parametrize("map_tensors", [True, False])
+async def test_a_wrong_byte_at_the_origin_is_named_and_never_served(
+    tmp_path: Path, source: Path, origin: CountingOrigin, map_tensors: bool
+) -> None:
+    digest = push(source, origin).artefact.manifest
+    good = dict(origin.objects)
+    origin.flip_byte(noise(5 << 20)[:64])
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        with pytest.raises(IntegrityError, match=r"model\.safetensors") as caught:
+            await ensure(store, digest, map_tensors=map_tensors)
+        assert "chunk" in caught.value.where
+        assert "pack public/packs/" in caught.value.where
+        origin.objects = good
+        landed = await ensure(store, digest)
+        assert area_bytes(landed, "model.safetensors") == (source / "model.safetensors").read_bytes()
+
+
+async def test_a_manifest_that_is_not_what_its_digest_says_is_refused(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    digest = push(source, origin).artefact.manifest
+    key = next(key for key in origin.objects if "manifests" in key)
+    origin.objects[key] = origin.objects[key].replace(b"config", b"donfig")
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        with pytest.raises(IntegrityError, match="digest"):
+            await ensure(store, digest)
+
+
+def landing_of(cache: Path, digest: Digest) -> Path:
+    return cache / "artefacts" / digest.removeprefix("blake3:")
+
+
+async def landed_once(cache: Path, digest: Digest, origin: CountingOrigin, io: DiskIo | None = None) -> None:
+    disk = DiskTier(cache, 64 << 20, io)
+    async with open_store(settings_for(cache), origin=origin, disk=disk) as store:
+        await ensure(store, digest)
+        await store.wait_directory(digest)
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(data)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, 100)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda path: overwrite(path, 1 << 20, b"wrong"), truncate, Path.unlink],
+    ids=["wrong bytes", "cut short", "gone"],
+)
+async def test_damage_on_disk_is_found_and_mended_from_the_origin(
+    tmp_path: Path, source: Path, origin: CountingOrigin, damage: Callable[[Path], None]
+) -> None:
+    cache, digest = tmp_path / "cache", push(source, origin).artefact.manifest
+    await landed_once(cache, digest, origin)
+    damage(landing_of(cache, digest) / "tree/model.safetensors")
+    damage(landing_of(cache, digest) / "tree/nested/vocab.txt")
+    async with open_store(settings_for(cache), origin=origin) as store:
+        landed = await ensure(store, digest)
+        assert landed.content.origin > 0
+        assert area_bytes(landed, "model.safetensors") == (source / "model.safetensors").read_bytes()
+        await store.wait_directory(digest)
+        assert_tree(landed, source)
+    async with open_store(settings_for(cache), origin=origin) as store:
+        assert (await ensure(store, digest)).content.origin == 0
+
+
+class CrashBeforeMap(DiskIo):
+    """After `syncs` syncs the process might as well be dead: data is written, no bit ever is."""
+
+    def __init__(self, syncs: int) -> None:
+        self.syncs = syncs
+
+    def sync_data(self, fd: int) -> None:
+        self.syncs -= 1
+        if self.syncs < 0:
+            raise OSError(errno.EIO, "crashed")
+        super().sync_data(fd)
+
+
+@pytest.mark.parametrize("syncs", [2, 3])
+async def test_after_a_crash_between_data_and_bit_the_chunk_is_not_believed(
+    tmp_path: Path, source: Path, origin: CountingOrigin, syncs: int
+) -> None:
+    cache, digest = tmp_path / "cache", push(source, origin).artefact.manifest
+    disk = DiskTier(cache, 64 << 20, CrashBeforeMap(syncs))
+    async with open_store(settings_for(cache), origin=origin, disk=disk) as store:
+        await ensure(store, digest)
+        with pytest.raises(UnavailableError):
+            await store.wait_directory(digest)
+    before = origin.pack_bytes_read
+    async with open_store(settings_for(cache), origin=origin) as store:
+        landed = await ensure(store, digest)
+        assert landed.content.disk == 0
+        assert origin.pack_bytes_read == 2 * before
+        await store.wait_directory(digest)
+        assert_tree(landed, source)
+
+
+async def test_a_claimed_chunk_of_zeros_is_not_believed(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    """A map that was torn, or that lied: bits for data that never reached the disk."""
+    cache, digest = tmp_path / "cache", push(source, origin).artefact.manifest
+    await landed_once(cache, digest, origin)
+    path = landing_of(cache, digest) / "tree/model.safetensors"
+    size = path.stat().st_size
+    os.truncate(path, 0)
+    os.truncate(path, size)
+    async with open_store(settings_for(cache), origin=origin) as store:
+        landed = await ensure(store, digest)
+        assert landed.content.origin == size
+        assert area_bytes(landed, "model.safetensors") == (source / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("junk", [b"", b"short", b"\xff" * 9, b"\xff" * 4096])
+async def test_a_map_that_is_junk_is_not_believed(
+    tmp_path: Path, source: Path, origin: CountingOrigin, junk: bytes
+) -> None:
+    cache, digest = tmp_path / "cache", push(source, origin).artefact.manifest
+    await landed_once(cache, digest, origin)
+    (landing_of(cache, digest) / "chunks.map").write_bytes(junk)
+    async with open_store(settings_for(cache), origin=origin) as store:
+        landed = await ensure(store, digest)
+        assert landed.content.disk == 0
+        assert area_bytes(landed, "model.safetensors") == (source / "model.safetensors").read_bytes()
+
+
+class Recorder(DiskIo):
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, str]] = []
+
+    def write(self, fd: int, view: memoryview, offset: int) -> None:
+        self.steps.append(("write", Path(f"/proc/self/fd/{fd}").readlink().name))
+        super().write(fd, view, offset)
+
+    def sync_data(self, fd: int) -> None:
+        self.steps.append(("sync", Path(f"/proc/self/fd/{fd}").readlink().name))
+        super().sync_data(fd)
+
+
+async def test_data_is_durable_before_its_bit_is_written(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    recorder = Recorder()
+    await landed_once(tmp_path / "cache", push(source, origin).artefact.manifest, origin, recorder)
+    steps = recorder.steps
+    last_map = max(index for index, step in enumerate(steps) if step == ("write", "chunks.map"))
+    for name in ("model.safetensors", "config.json", "vocab.txt"):
+        last_write = max(index for index, step in enumerate(steps) if step == ("write", name))
+        assert ("sync", name) in steps[last_write:last_map]
+    assert steps[-1] == ("sync", "chunks.map")
+
+
+async def test_a_full_disk_lets_tensors_pass_and_says_so_for_the_directory(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    digest = push(source, origin).artefact.manifest
+    io = FullDisk(200_000)
+    disk = DiskTier(tmp_path / "cache", 64 << 20, io)
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin, disk=disk) as store:
+        landed = await ensure(store, digest)
+        assert area_bytes(landed, "model.safetensors") == (source / "model.safetensors").read_bytes()
+        with pytest.raises(StorageFullError) as caught:
+            await store.wait_directory(digest)
+        assert caught.value.next_step
+        io.free_bytes = 1 << 30
+        await store.wait_directory(digest)
+        assert_tree(landed, source)
+
+
+async def test_a_full_disk_refuses_what_the_directory_needs(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    digest = push(source, origin).artefact.manifest
+    disk = DiskTier(tmp_path / "cache", 64 << 20, FullDisk(20_000))
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin, disk=disk) as store:
+        with pytest.raises(StorageFullError) as caught:
+            await ensure(store, digest)
+        assert caught.value.next_step
+
+
+async def test_a_tree_beyond_the_disk_limit_passes_through(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    digest = push(source, origin).artefact.manifest
+    settings = settings_for(tmp_path / "cache", disk_bytes_max=1 << 20)
+    async with open_store(settings, origin=origin) as store:
+        landed = await ensure(store, digest)
+        assert area_bytes(landed, "model.safetensors") == (source / "model.safetensors").read_bytes()
+        with pytest.raises(StorageFullError, match="directory needs"):
+            await store.wait_directory(digest)
+        with pytest.raises(StorageFullError):
+            await ensure(store, digest, "other", map_tensors=False)
+
+
+async def test_pinned_artefacts_stay_and_others_make_room(tmp_path: Path, origin: CountingOrigin) -> None:
+    models = [write_model(tmp_path / f"m{index}", seed=100 * index) for index in range(3)]
+    digests = [push(model, origin).artefact.manifest for model in models]
+    cache = tmp_path / "cache"
+    settings = settings_for(cache, disk_bytes_max=13 << 20, ram_bytes_max=13 << 20)
+    async with open_store(settings, origin=origin) as store:
+        for index in range(2):
+            await ensure(store, digests[index], f"h{index}")
+            await store.wait_directory(digests[index])
+        with pytest.raises(StorageFullError, match="landing area"):
+            await ensure(store, digests[2], "h2")
+        store.release("h0")
+        await ensure(store, digests[2], "h2")
+        assert not landing_of(cache, digests[0]).exists()
+        assert (await ensure(store, digests[1], "h1")).content.origin == 0
+        store.release("h1")
+        assert (await ensure(store, digests[0], "h0")).content.origin > 0
+
+
+async def test_two_artefacts_that_share_chunks_are_both_right(tmp_path: Path, origin: CountingOrigin) -> None:
+    one, two = write_model(tmp_path / "one"), write_model(tmp_path / "two")
+    tensors = {"again": ("U8", [300 << 10], noise(300 << 10, 1)), "own": ("U8", [10], noise(10))}
+    (two / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+    (two / "copy.bin").write_bytes(noise(300 << 10, 1))
+    digests = [push(one, origin).artefact.manifest, push(two, origin).artefact.manifest]
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        for digest, source in zip(digests, (one, two), strict=True):
+            landed = await ensure(store, digest)
+            assert area_bytes(landed, "model.safetensors") == (source / "model.safetensors").read_bytes()
+            await store.wait_directory(digest)
+            assert_tree(landed, source)
+
+
+class Gate(CountingOrigin):
+    """Holds reads of packs until opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+        self.after_reads: Callable[[], None] = lambda: None
+
+    def read_range(self, key: str, offset: int, into: memoryview) -> None:
+        super().read_range(key, offset, into)
+        if "/packs/" in key:
+            self.reads += 1
+            self.after_reads()
+
+
+async def test_a_cancelled_load_stops_reading_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    origin = Gate()
+    source = tmp_path / "m"
+    source.mkdir()
+    tensors = {f"t{index}": ("U8", [4 << 20], noise(4 << 20, index)) for index in range(10)}
+    (source / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+    digest = push(source, origin).artefact.manifest
+    settings = settings_for(tmp_path / "cache", fetch_threads=1)
+    async with open_store(settings, origin=origin) as store:
+        with anyio.CancelScope() as scope:
+            origin.after_reads = lambda: anyio.from_thread.run_sync(scope.cancel)
+            await ensure(store, digest)
+        assert scope.cancelled_caught
+        assert origin.reads == 1
+        origin.after_reads = lambda: None
+        brought = origin.pack_bytes_read
+        landed = await ensure(store, digest)
+        assert landed.content.ram == brought
+        assert origin.pack_bytes_read == landed.content.total
+        assert area_bytes(landed, "model.safetensors") == (source / "model.safetensors").read_bytes()
+
+
+async def test_a_cache_directory_serves_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snowdrop.content.disk.LOCK_S_MAX", 0)
+    async with open_store(settings_for(tmp_path / "cache"), origin=CountingOrigin()):
+        with pytest.raises(ConflictError):
+            DiskTier(tmp_path / "cache", 1).open()

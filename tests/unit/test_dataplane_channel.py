@@ -1,0 +1,183 @@
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+from content_helpers import CountingOrigin, push, settings_for, write_model
+from snowdrop.agent.dataplane.client import DataPlane, start_process
+from snowdrop.agent.dataplane.server import serve_store
+from snowdrop.content.origin import DirectoryOrigin
+from snowdrop.content.store import ContentStore, open_store
+from snowdrop.domain.errors import NotFoundError, PlatformDownError, StorageFullError
+from snowdrop.domain.ids import DEFAULT_TENANT, Digest
+from snowdrop.wire.packet import packet_pair
+
+pytestmark = pytest.mark.anyio
+NOTHING = Digest("blake3:" + "0" * 64)
+
+
+@asynccontextmanager
+async def connected(store: ContentStore) -> AsyncIterator[DataPlane]:
+    ours, theirs = packet_pair()
+    with theirs:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(serve_store, theirs, store)
+            plane = DataPlane(ours)
+            await tasks.start(plane.run)
+            yield plane
+            tasks.cancel_scope.cancel()
+
+
+async def test_ensure_gives_a_mappable_area_and_a_directory(tmp_path: Path) -> None:
+    source, origin = write_model(tmp_path / "m"), CountingOrigin()
+    digest = push(source, origin).artefact.manifest
+    async with open_store(settings_for(tmp_path / "c"), origin=origin) as store, connected(store) as plane:
+        got = await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
+        assert got.area_fd is not None
+        with mmap.mmap(got.area_fd, got.area_bytes, access=mmap.ACCESS_COPY) as area:
+            os.close(got.area_fd)
+            (file,) = got.area_files
+            assert area[file.offset : file.offset + file.size] == (source / file.path).read_bytes()
+        await plane.wait_directory(digest)
+        assert (got.directory / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+        assert got.content.origin == got.content.total
+
+
+async def test_without_tensors_there_is_no_area(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/a.txt").write_text("a")
+    origin = CountingOrigin()
+    digest = push(tmp_path / "m", origin).artefact.manifest
+    async with open_store(settings_for(tmp_path / "c"), origin=origin) as store, connected(store) as plane:
+        got = await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
+        assert (got.area_fd, got.area_bytes, got.area_files) == (None, 0, ())
+
+
+async def test_errors_keep_their_type_across_the_channel(tmp_path: Path) -> None:
+    async with (
+        open_store(settings_for(tmp_path / "c"), origin=CountingOrigin()) as store,
+        connected(store) as plane,
+    ):
+        with pytest.raises(NotFoundError, match="no such object") as caught:
+            await plane.ensure(DEFAULT_TENANT, NOTHING, "h", map_tensors=True)
+        assert caught.value.next_step
+        with pytest.raises(NotFoundError):
+            await plane.wait_directory(NOTHING)
+
+
+async def test_what_a_holder_has_stays_until_it_releases_or_its_channel_closes(tmp_path: Path) -> None:
+    origin = CountingOrigin()
+    digests = [push(write_model(tmp_path / f"m{seed}", seed=seed), origin).artefact.manifest for seed in (0, 100)]
+    settings = settings_for(tmp_path / "c", ram_bytes_max=7 << 20)
+
+    async def hold(plane: DataPlane, digest: Digest) -> None:
+        got = await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
+        assert got.area_fd is not None
+        os.close(got.area_fd)
+
+    async with open_store(settings, origin=origin) as store:
+        async with connected(store) as plane:
+            await hold(plane, digests[0])
+            await plane.wait_directory(digests[0])
+            with pytest.raises(StorageFullError):
+                await hold(plane, digests[1])
+            await plane.release("h")
+            await hold(plane, digests[1])
+            await plane.wait_directory(digests[1])
+        async with connected(store) as plane:
+            await hold(plane, digests[0])
+
+
+class Stuck(CountingOrigin):
+    """A load that goes no further until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = anyio.Event()
+        self.gate = anyio.Event()
+
+    def read_range(self, key: str, offset: int, into: memoryview) -> None:
+        if "/packs/" in key:
+            anyio.from_thread.run_sync(self.reached.set)
+            anyio.from_thread.run(self.gate.wait)
+        super().read_range(key, offset, into)
+
+
+async def test_a_cancelled_call_stops_the_load_and_pins_nothing(tmp_path: Path) -> None:
+    origin = Stuck()
+    digest = push(write_model(tmp_path / "m"), origin).artefact.manifest
+    settings = settings_for(tmp_path / "c", fetch_threads=1)
+    async with open_store(settings, origin=origin) as store, connected(store) as plane:
+        async with anyio.create_task_group() as tasks:
+
+            async def call() -> None:
+                await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
+
+            tasks.start_soon(call)
+            await origin.reached.wait()
+            tasks.cancel_scope.cancel()
+        with pytest.raises(NotFoundError):
+            await plane.wait_directory(NOTHING)
+        read = origin.pack_bytes_read
+        origin.gate.set()
+        got = await plane.ensure(DEFAULT_TENANT, digest, "h2", map_tensors=True)
+        assert got.area_fd is not None
+        os.close(got.area_fd)
+        assert read == 0
+        assert origin.pack_bytes_read == got.content.total
+
+
+async def test_the_process_serves_and_its_death_tells_every_caller(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "m")
+    digest = push(source, DirectoryOrigin(tmp_path / "origin")).artefact.manifest
+    settings = settings_for(tmp_path / "c", origin_url=f"file://{tmp_path}/origin")
+    weights = (source / "model.safetensors").read_bytes()
+    process, plane = await start_process(settings)
+    async with process, anyio.create_task_group() as tasks:
+        await tasks.start(plane.run)
+        got = await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
+        assert got.area_fd is not None
+        await plane.wait_directory(digest)
+        process.send_signal(signal.SIGSTOP)
+        tasks.start_soon(kill, process.pid)
+        with pytest.raises(PlatformDownError):
+            await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
+        with pytest.raises(PlatformDownError):
+            await plane.wait_directory(digest)
+        await plane.release("h")
+    with mmap.mmap(got.area_fd, got.area_bytes, access=mmap.ACCESS_COPY) as area:
+        os.close(got.area_fd)
+        assert area[: len(weights)] == weights
+    process, plane = await start_process(settings)
+    async with process, anyio.create_task_group() as tasks:
+        await tasks.start(plane.run)
+        again = await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=False)
+        assert again.content.disk == again.content.total
+        tasks.cancel_scope.cancel()
+    assert process.returncode == 0
+
+
+async def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_the_process_loads_neither_a_framework_nor_a_server() -> None:
+    program = "import sys, snowdrop.agent.dataplane.__main__; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "numpy", "aiohttp", "uvicorn", "typer", "rich"} & set(loaded)
+
+
+def test_bad_settings_end_the_process_with_the_field() -> None:
+    command = [sys.executable, "-m", "snowdrop.agent.dataplane", "--fd", "0", "--settings", '{"origin_url": 1}']
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "origin_url" in ended.stderr
