@@ -110,7 +110,7 @@ class Stuck(CountingOrigin):
         super().read_range(key, offset, into)
 
 
-async def test_a_cancelled_call_stops_the_load_and_pins_nothing(tmp_path: Path) -> None:
+async def test_a_cancelled_call_stops_the_load_and_the_next_one_goes_on(tmp_path: Path) -> None:
     origin = Stuck()
     digest = push(write_model(tmp_path / "m"), origin).artefact.manifest
     settings = settings_for(tmp_path / "c", fetch_threads=1)
@@ -125,12 +125,11 @@ async def test_a_cancelled_call_stops_the_load_and_pins_nothing(tmp_path: Path) 
             tasks.cancel_scope.cancel()
         with pytest.raises(NotFoundError):
             await plane.wait_directory(NOTHING)
-        read = origin.pack_bytes_read
         origin.gate.set()
         got = await plane.ensure(DEFAULT_TENANT, digest, "h2", map_tensors=True)
         assert got.area_fd is not None
         os.close(got.area_fd)
-        assert read == 0
+        assert got.content.origin > got.content.total / 2
         assert origin.pack_bytes_read == got.content.total
 
 
