@@ -103,7 +103,7 @@ class CgroupGroup:
         # The kernel lets go of a process a moment after its end was told. What stays is swept at the next start.
         for _ in range(CLOSE_TRIES):
             try:
-                os.rmdir(self.path)  # noqa: PTH106 (a cgroup goes with its files inside)
+                _rmdir(self.path)
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     return
@@ -162,13 +162,13 @@ class CgroupBackend:
             for group in sorted(child for child in root.iterdir() if child.is_dir()):
                 removed += int(remove_group(group))
             with suppress(OSError):
-                os.rmdir(root)  # noqa: PTH106 (a cgroup goes with its files inside)
+                _rmdir(root)
         return removed
 
     def close(self) -> None:
         """Removes the instance's directory, if no replica is left in it."""
         with suppress(OSError):
-            os.rmdir(self.root)  # noqa: PTH106 (a cgroup goes with its files inside)
+            _rmdir(self.root)
 
 
 def group_name(instance: str) -> str:
@@ -203,7 +203,7 @@ def remove_group(path: Path) -> bool:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         with suppress(OSError):
-            os.rmdir(path)  # noqa: PTH106 (a cgroup goes with its files inside)
+            _rmdir(path)
         if not path.exists():
             return True
         time.sleep(REMOVE_RETRY_S)
@@ -229,6 +229,11 @@ def read_oom_kills(file: Path) -> int:
         if name == "oom_kill":
             return int(value)
     return 0
+
+
+def _rmdir(path: Path) -> None:
+    """A cgroup goes with the files that the kernel shows in it."""
+    path.rmdir()
 
 
 def _enable_controllers(directory: Path, controllers: frozenset[Resource]) -> None:
