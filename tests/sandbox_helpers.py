@@ -14,6 +14,7 @@ import anyio
 import pytest
 
 from snowdrop.agent.sandbox.bubblewrap import BubblewrapLauncher
+from snowdrop.agent.sandbox.cgroups import find_roots, group_name
 from snowdrop.agent.sandbox.detect import detect_limits
 from snowdrop.agent.sandbox.environment import Environment
 from snowdrop.agent.sandbox.launcher import (
@@ -168,3 +169,9 @@ def swept() -> Iterator[None]:
         yield
     finally:
         limits().sweep()
+
+
+def leftover_groups() -> list[Path]:
+    """Groups of replicas that this process's tests made and did not remove."""
+    roots = find_roots(Path("/sys/fs/cgroup"), group_name(INSTANCE))
+    return [group for root in roots for group in root.glob("rep-*")]

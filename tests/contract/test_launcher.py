@@ -11,7 +11,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from sandbox_helpers import Setup, alive, limits, make_setup, run, start, swept
+from sandbox_helpers import Setup, alive, leftover_groups, limits, make_setup, run, start, swept
 from snowdrop.agent.sandbox.launcher import LIFECYCLE, Descriptor, LaunchSpec, Mount, Output, fd_argument
 from snowdrop.agent.sandbox.limits import Resource
 from snowdrop.domain.errors import SandboxError
@@ -153,10 +153,9 @@ class TestLauncher:
     async def test_nothing_is_left_after_close(self, setup: Setup) -> None:
         before = _open_descriptors()
         running = await start(setup, "print(1)")
-        name_groups = [path for path in _groups() if path.name.startswith("rep-")]
         await running.finish()
         await running.close()
-        assert not [path for path in name_groups if path.exists()]
+        assert not leftover_groups()
         assert _open_descriptors() == before
 
     @pytest.mark.parametrize(
@@ -196,12 +195,8 @@ class TestLauncher:
             reader.settimeout(20)
             assert await anyio.to_thread.run_sync(reader.recv, 1) == b""
         assert _open_descriptors() == before
-        assert not [path for path in _groups() if path.name == "rep-cancelled"]
+        assert not leftover_groups()
 
 
 def _open_descriptors() -> set[str]:
     return {entry.name for entry in Path("/proc/self/fd").iterdir()}
-
-
-def _groups() -> list[Path]:
-    return [Path(top, name) for top, names, _ in os.walk("/sys/fs/cgroup") for name in names if name[:4] == "rep-"]

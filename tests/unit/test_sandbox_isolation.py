@@ -16,7 +16,18 @@ from pathlib import Path
 import anyio
 import pytest
 
-from sandbox_helpers import RUN_S_MAX, Setup, alive, make_setup, run, start, swept
+from sandbox_helpers import (
+    INSTANCE,
+    RUN_S_MAX,
+    Setup,
+    alive,
+    leftover_groups,
+    limits,
+    make_setup,
+    run,
+    start,
+    swept,
+)
 from snowdrop.agent.sandbox.launcher import Mount
 from snowdrop.domain.service import ResourceSpec
 
@@ -264,7 +275,9 @@ async def test_setpriv_drops_what_a_tenant_may_not_have_even_if_exec_fails(setup
 AGENT = """
 import os, sys, anyio
 sys.path[:0] = [{tests!r}]
+import sandbox_helpers
 from sandbox_helpers import make_setup, start
+sandbox_helpers.INSTANCE = {instance!r}
 async def main():
     running = await start(make_setup({name!r}), "import time; print('up'); time.sleep(600)")
     await running.read_line()
@@ -275,7 +288,7 @@ anyio.run(main)
 
 
 async def test_death_of_the_agent_ends_the_sandbox(setup: Setup) -> None:
-    code = AGENT.format(tests=str(Path(__file__).parents[1]), name=setup.name)
+    code = AGENT.format(tests=str(Path(__file__).parents[1]), name=setup.name, instance=INSTANCE)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as agent:  # noqa: ASYNC220
         assert agent.stdout is not None
         line = await anyio.to_thread.run_sync(agent.stdout.readline)
@@ -286,6 +299,8 @@ async def test_death_of_the_agent_ends_the_sandbox(setup: Setup) -> None:
         await anyio.wait_readable(init)
     os.close(init)
     assert not alive(pid)
+    limits().sweep()
+    assert not leftover_groups()
 
 
 @pytest.mark.slow
