@@ -37,7 +37,6 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     usage_tick_s: float = 1.0
     content_s_max: float = 3_600.0
     log_bytes_max: int = 8 << 20
-    environment: str = ""
     unsafe_no_sandbox: bool = False
     uid_base: int = 700_000
     stop_s_max: float = 10.0

@@ -1,0 +1,92 @@
+"""What control asks an agent for over HTTP, on a unix socket: logs, as newline-delimited JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import msgspec
+from aiohttp import web
+from anyio.streams.memory import MemoryObjectSendStream
+
+from snowdrop.agent.context import log_folder
+from snowdrop.agent.logs import LogLine, follow, read
+
+FOLLOWED_MAX = 32
+NEW_LOG_POLL_S = 0.3
+LINES_BUFFERED_MAX = 1_000
+TAIL_LINES_MAX = 100_000
+
+
+class ReplicaLine(msgspec.Struct, frozen=True, kw_only=True):
+    """A log line and whose it is."""
+
+    replica: str
+    unix_ms: int
+    stream: str
+    text: str
+
+
+def build_agent_api(logs: Path, is_living: Callable[[str], bool]) -> web.Application:
+    """`GET /logs/{tenant}/{deployment}?tail=N&follow=0|1&replica=ID`."""
+
+    async def get_logs(request: web.Request) -> web.StreamResponse:
+        folder = log_folder(logs, request.match_info["tenant"], request.match_info["deployment"])
+        tail = min(int(request.query.get("tail", "100")), TAIL_LINES_MAX)
+        only = request.query.get("replica")
+        answer = web.StreamResponse(headers={"content-type": "application/x-ndjson"})
+        await answer.prepare(request)
+        if request.query.get("follow") != "1":
+            for line in _read_all(folder, only, tail):
+                await answer.write(msgspec.json.encode(line) + b"\n")
+        else:
+            await _follow_all(answer, folder, only, tail, is_living)
+        await answer.write_eof()
+        return answer
+
+    app = web.Application()
+    app.router.add_get("/logs/{tenant}/{deployment}", get_logs)
+    return app
+
+
+def _paths(folder: Path, only: str | None) -> list[Path]:
+    found = [path for path in folder.glob("*.log") if only in {None, path.stem}]
+    return sorted(found, key=lambda path: path.stat().st_mtime)[-FOLLOWED_MAX:]
+
+
+def _read_all(folder: Path, only: str | None, tail: int) -> list[ReplicaLine]:
+    """The last lines of all logs together, in the order of their times."""
+    lines = [_named(path, line) for path in _paths(folder, only) for line in read(path, tail)]
+    return sorted(lines, key=lambda line: line.unix_ms)[-tail:] if tail else []
+
+
+async def _follow_all(
+    answer: web.StreamResponse, folder: Path, only: str | None, tail: int, is_living: Callable[[str], bool]
+) -> None:
+    """The last lines of all logs, then every new line, also of replicas that start later, until the client goes."""
+    send, lines = anyio.create_memory_object_stream[ReplicaLine](LINES_BUFFERED_MAX)
+
+    async def follow_one(path: Path, first: int, output: MemoryObjectSendStream[ReplicaLine]) -> None:
+        async for line in follow(path, tail_lines=first, ended=lambda: not is_living(path.stem)):
+            await output.send(_named(path, line))
+
+    async def find_new(output: MemoryObjectSendStream[ReplicaLine]) -> None:
+        known: set[Path] = set()
+        first = tail
+        while True:
+            for path in _paths(folder, only):
+                if path not in known:
+                    known.add(path)
+                    tasks.start_soon(follow_one, path, first, output)
+            first = TAIL_LINES_MAX  # a log that appears while we look is new from its first line
+            await anyio.sleep(NEW_LOG_POLL_S)
+
+    async with anyio.create_task_group() as tasks, lines:
+        tasks.start_soon(find_new, send)
+        async for line in lines:
+            await answer.write(msgspec.json.encode(line) + b"\n")
+
+
+def _named(path: Path, line: LogLine) -> ReplicaLine:
+    return ReplicaLine(replica=path.stem, unix_ms=line.unix_ms, stream=line.stream, text=line.text)

@@ -1,0 +1,175 @@
+"""The node: every replica on it, what they use, and what control is told of it."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import msgspec
+
+from snowdrop.agent.context import NodeContext
+from snowdrop.agent.dataplane.client import DataPlane
+from snowdrop.agent.runner import ReplicaRunner
+from snowdrop.domain.errors import ProtocolError, SnowdropError
+from snowdrop.domain.ids import ReplicaId
+from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
+from snowdrop.metering.journal import UsageJournal, lost_usage
+from snowdrop.metering.meter import UsageDraft, content_bytes, replica_time
+from snowdrop.wire.control import DrainReplica, LinkRefused, StartReplica, ToAgent, UsageStored
+
+ENDED_KEPT_MAX = 500
+"""Ended replicas told again in each hello, so that a control that was away learns how they ended."""
+
+log = logging.getLogger("snowdrop.agent")
+
+
+class Node:
+    """Carries out control's orders and meters what runs. `changed` and `usage_ready` tell the link."""
+
+    def __init__(self, journal: UsageJournal, *, usage_tick_s: float) -> None:
+        self._journal = journal
+        self._usage_tick_s = usage_tick_s
+        self._runners: dict[ReplicaId, ReplicaRunner] = {}
+        self._ended: dict[ReplicaId, ReplicaReport] = {}
+        self._metered: dict[ReplicaId, int] = {}
+        self._content_metered: set[ReplicaId] = set()
+        self._unmetered_ends: list[ReplicaReport] = []
+        self._context: NodeContext | None = None
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self._stopping = False
+        self._one_write = anyio.CapacityLimiter(1)
+        self.changed: Callable[[ReplicaReport], None] = _ignore
+        self.usage_ready: Callable[[], None] = _nothing
+
+    def bind(self, context: NodeContext, tasks: anyio.abc.TaskGroup) -> None:
+        """Replicas run in `tasks` from now on."""
+        self._context, self._tasks = context, tasks
+
+    def reports(self) -> tuple[ReplicaReport, ...]:
+        """Living replicas and the last that ended."""
+        return (*self._ended.values(), *(runner.report for runner in self._runners.values()))
+
+    def on_change(self, report: ReplicaReport) -> None:
+        """Called by runners at each transition."""
+        log.info("%s %s: %s", report.key.replica, report.state, report.reason)
+        if report.state in TERMINAL_STATES:
+            self._unmetered_ends.append(report)
+        self.changed(report)
+
+    async def handle(self, message: ToAgent) -> None:
+        """Carries out one message of control."""
+        if isinstance(message, StartReplica):
+            self._start(message)
+        elif isinstance(message, DrainReplica):
+            runner = self._runners.get(message.replica)
+            if runner is not None:
+                runner.drain(message.reason, message.drain_s_max)
+        elif isinstance(message, UsageStored):
+            if message.source == self._journal.source:
+                await self._write(self._journal.acknowledge, message.sequence)
+        elif isinstance(message, LinkRefused):
+            raise ProtocolError(message.error.message, where="control link", next_step=message.error.next_step)
+
+    async def renew_pins(self, plane: DataPlane) -> None:
+        """A new data plane knows no pins: asks again for all that living replicas use."""
+        for runner in list(self._runners.values()):
+            order, state = runner.order, runner.report.state
+            if state in TERMINAL_STATES or state is ReplicaState.MOUNTING:
+                continue
+            for artefact in (order.revision.code, *(bound.artefact for bound in order.revision.models)):
+                try:
+                    await plane.ensure(order.key.tenant, artefact.manifest, order.key.replica, map_tensors=False)
+                except SnowdropError as error:
+                    log.warning("pins of %s: %s", order.key.replica, error)
+
+    async def meter(self) -> None:
+        """Records the time since the last record, for ever."""
+        while True:
+            await anyio.sleep(self._usage_tick_s)
+            await self.meter_once()
+
+    async def meter_once(self) -> None:
+        """Makes what ran since the last call durable; what cannot be written now is in the next record."""
+        ends, self._unmetered_ends = self._unmetered_ends, []
+        living = [runner.report for runner in self._runners.values()]
+        seen = {report.key.replica: report for report in [*living, *ends]}
+        now_unix_ns = time.time_ns()
+        drafts: list[UsageDraft] = []
+        for replica, report in seen.items():
+            until = self._metered.get(replica, 0)
+            draft = replica_time(report, metered_until_unix_ns=until, now_unix_ns=now_unix_ns)
+            if draft is not None:
+                drafts.append(draft)
+            if replica not in self._content_metered and report.content.total:
+                drafts += content_bytes(
+                    report.key, report.content, from_unix_ns=report.started_unix_ns, to_unix_ns=now_unix_ns
+                )
+        if not drafts:
+            return
+        try:
+            await self._write(self._journal.append, drafts)
+        except sqlite3.Error as error:
+            log.warning("%s", lost_usage(error))
+            self._unmetered_ends = ends + self._unmetered_ends
+            return
+        for draft in drafts:
+            if draft.unit == "replica_ns":
+                self._metered[draft.key.replica] = draft.to_unix_ns
+            else:
+                self._content_metered.add(draft.key.replica)
+        for report in ends:
+            self._metered.pop(report.key.replica, None)
+            self._content_metered.discard(report.key.replica)
+            await self._write(self._journal.forget, report.key.replica)
+        self.usage_ready()
+
+    async def stop(self, stop_s_max: float) -> None:
+        """Drains every replica within the bound and records the end of each."""
+        self._stopping = True
+        for runner in self._runners.values():
+            runner.drain("the agent stops", stop_s_max)
+        with anyio.move_on_after(stop_s_max):
+            while self._runners:
+                await anyio.sleep(0.02)
+
+    def _start(self, order: StartReplica) -> None:
+        if self._tasks is None or self._context is None:
+            raise ProtocolError("an order came before the node was ready", where="agent")
+        known = order.key.replica in self._runners or order.key.replica in self._ended
+        if known or self._stopping:
+            return
+        runner = ReplicaRunner(order, self._context)
+        self._runners[order.key.replica] = runner
+        self._tasks.start_soon(self._run, runner, name=order.key.replica)
+
+    async def _run(self, runner: ReplicaRunner) -> None:
+        replica = runner.order.key.replica
+        try:
+            await runner.run()
+        finally:
+            del self._runners[replica]
+            self._ended[replica] = _short(runner.report)
+            while len(self._ended) > ENDED_KEPT_MAX:
+                del self._ended[next(iter(self._ended))]
+
+    async def _write(self, work: Callable[..., None], *arguments: object) -> None:
+        # One connection, one thread at a time: SQLite transactions must not interleave.
+        await anyio.to_thread.run_sync(work, *arguments, limiter=self._one_write)
+
+
+def _short(report: ReplicaReport) -> ReplicaReport:
+    """An ended replica without what only a living one needs."""
+    return msgspec.structs.replace(report, socket_path="")
+
+
+def _ignore(_report: ReplicaReport) -> None:
+    return None
+
+
+def _nothing() -> None:
+    return None

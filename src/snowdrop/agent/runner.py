@@ -1,0 +1,216 @@
+"""One replica on this node, from the order to the end: feeds the transition table and carries out what it says.
+
+The loop is `wait for an event -> step the table -> carry out`; slow work (content, launch, waiting for the
+process) runs in tasks of the same group and posts events. Every state that could last has a bound.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import anyio
+import anyio.abc
+import msgspec
+
+from snowdrop.agent.context import NodeContext
+from snowdrop.agent.sandboxed import Sandboxed, replica_content
+from snowdrop.domain.errors import ErrorBody, ReplicaDiedError, SnowdropError, TimedOutError
+from snowdrop.domain.receipt import ContentBytes, Span
+from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
+from snowdrop.policy.lifecycle import Event, Instruction, ReplicaMachine, step
+from snowdrop.wire.control import StartReplica
+from snowdrop.wire.replica import Booted, Drained, FromReplica, Imported, Ready, StageFailed, WaitForDirectory
+
+EVENTS_MAX = 64
+CLEAN_UP_S_MAX = 15.0
+KILL_GRACE_S = 5.0
+"""How long after its own drain bound a replica may take to say so before it is killed."""
+
+
+class Happened(msgspec.Struct, frozen=True, kw_only=True):
+    """An event with its reason and, for failures, the error that callers will see."""
+
+    event: Event
+    reason: str
+    error: ErrorBody | None = None
+
+
+class ReplicaRunner:
+    """See the module. `run` ends when the replica has ended and nothing of it is left on the node."""
+
+    def __init__(self, order: StartReplica, context: NodeContext) -> None:
+        self.order = order
+        self._context = context
+        self._machine = ReplicaMachine()
+        self._send, self._events = anyio.create_memory_object_stream[Happened](EVENTS_MAX)
+        self._sandboxed = Sandboxed(order, context)
+        self._content_scope = anyio.CancelScope()
+        self._spans: list[Span] = []
+        self._content = ContentBytes()
+        self._error: ErrorBody | None = None
+        self._started_unix_ns = time.time_ns()
+        self._launched_unix_ns = 0
+        self._ended_unix_ns = 0
+        self._drain_s_max = order.revision.spec.drain_s_max
+        self._entered_s = time.monotonic()
+
+    @property
+    def report(self) -> ReplicaReport:
+        """The replica as it is now, whole."""
+        return ReplicaReport(
+            key=self.order.key,
+            node=self._context.node,
+            state=self._machine.state,
+            reason=self._machine.reason,
+            version=self._machine.version,
+            socket_path=str(self._context.socket_path(self.order.key)),
+            history=self._machine.history,
+            spans=tuple(self._spans),
+            content=self._content,
+            error=self._error,
+            sandbox=self._sandboxed.describe,
+            started_unix_ns=self._started_unix_ns,
+            ended_unix_ns=self._ended_unix_ns,
+        )
+
+    def drain(self, reason: str, drain_s_max: float) -> None:
+        """Orders the replica to end; harmless if it is ending already."""
+        self._drain_s_max = drain_s_max
+        self._post(Happened(event=Event.DRAIN_ORDERED, reason=reason))
+
+    async def run(self) -> None:
+        try:
+            async with anyio.create_task_group() as tasks:
+                await self._apply(Happened(event=Event.MOUNT_BEGUN, reason="ordered by control"), tasks)
+                while self._machine.state not in TERMINAL_STATES:
+                    await self._apply(await self._next(), tasks)
+                tasks.cancel_scope.cancel()
+        finally:
+            self._send.close()
+            self._events.close()
+            with anyio.move_on_after(CLEAN_UP_S_MAX, shield=True):
+                await self._sandboxed.close()
+
+    # --- the loop -----------------------------------------------------------------------------------------
+
+    async def _next(self) -> Happened:
+        """The next event, or BOUND_EXCEEDED when the state's time is over."""
+        name, bound_s = self._bound()
+        left_s = self._entered_s + bound_s - time.monotonic()
+        with anyio.move_on_after(max(0.0, left_s) if bound_s < math.inf else None):
+            return await self._events.receive()
+        error = TimedOutError(
+            f"replica was {self._machine.state} for more than {bound_s:g} s",
+            where=f"{name}={bound_s:g}",
+            next_step=f"raise {name}, or see `snowdrop logs {self.order.key.deployment}` for what it was doing",
+        )
+        self._entered_s = time.monotonic()
+        return Happened(event=Event.BOUND_EXCEEDED, reason=str(error), error=error.body())
+
+    def _bound(self) -> tuple[str, float]:
+        spec = self.order.revision.spec
+        state = self._machine.state
+        if state is ReplicaState.MOUNTING:
+            return "agent.content_s_max", self._context.settings.content_s_max
+        if state is ReplicaState.STARTING:
+            return "import_s_max", spec.import_s_max
+        if state is ReplicaState.LOADING:
+            return "startup_s_max", spec.startup_s_max
+        if state is ReplicaState.DRAINING:
+            return "drain_s_max", self._drain_s_max + KILL_GRACE_S
+        return "", math.inf
+
+    async def _apply(self, happened: Happened, tasks: anyio.abc.TaskGroup) -> None:
+        before = self._machine
+        self._machine, instructions = step(
+            before, happened.event, reason=happened.reason, now_unix_ns=time.time_ns()
+        )
+        if self._machine is not before:
+            self._entered_s = time.monotonic()
+            if self._machine.state is ReplicaState.FAILED:
+                self._error = happened.error
+            if self._machine.state in TERMINAL_STATES:
+                self._ended_unix_ns = time.time_ns()
+            self._context.on_change(self.report)
+        for instruction in instructions:
+            await self._carry_out(instruction, tasks)
+
+    async def _carry_out(self, instruction: Instruction, tasks: anyio.abc.TaskGroup) -> None:
+        if instruction is Instruction.ENSURE_CONTENT:
+            tasks.start_soon(self._ensure_content)
+        elif instruction is Instruction.CANCEL_CONTENT:
+            self._content_scope.cancel()
+        elif instruction is Instruction.LAUNCH:
+            tasks.start_soon(self._launch)
+        elif instruction is Instruction.SEND_DRAIN:
+            await self._sandboxed.send_drain(self._drain_s_max)
+        elif instruction is Instruction.KILL:
+            self._sandboxed.kill()
+        # CLEAN_UP: the loop ends in a terminal state and `run` closes everything.
+
+    def _post(self, happened: Happened) -> None:
+        try:
+            self._send.send_nowait(happened)
+        except (anyio.ClosedResourceError, anyio.BrokenResourceError):
+            return  # the replica has ended; whatever happened after is of no interest
+
+    # --- the work -----------------------------------------------------------------------------------------
+
+    async def _ensure_content(self) -> None:
+        with self._content_scope:
+            try:
+                landed = await replica_content(self.order, self._context, self._sandboxed)
+            except SnowdropError as error:
+                self._post(Happened(event=Event.CONTENT_FAILED, reason=str(error), error=error.body()))
+                return
+            self._content = landed.content
+            self._spans.extend(landed.spans)
+            self._post(Happened(event=Event.CONTENT_LANDED, reason="content is on the node"))
+
+    async def _launch(self) -> None:
+        self._launched_unix_ns = time.time_ns()
+        self._spans.append(
+            Span(name="mount", start_unix_ns=self._started_unix_ns, end_unix_ns=self._launched_unix_ns)
+        )
+        try:
+            await self._sandboxed.launch()
+        except SnowdropError as error:
+            self._post(Happened(event=Event.LAUNCH_FAILED, reason=str(error), error=error.body()))
+            return
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._sandboxed.keep_log)
+            tasks.start_soon(self._read)
+            tasks.start_soon(self._wait_exit)
+
+    async def _read(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            async for message in self._sandboxed.messages():
+                self._hear(message, tasks)
+
+    def _hear(self, message: FromReplica, tasks: anyio.abc.TaskGroup) -> None:
+        if isinstance(message, Booted):
+            start = Span(name="start", start_unix_ns=self._launched_unix_ns, end_unix_ns=message.unix_ns)
+            self._spans.append(start)
+        elif isinstance(message, Imported):
+            self._spans.extend(message.spans)
+            self._post(Happened(event=Event.IMPORTED, reason="imports are done"))
+        elif isinstance(message, Ready):
+            self._spans.extend(message.spans)
+            self._post(Happened(event=Event.SERVING, reason="startup is done"))
+        elif isinstance(message, StageFailed):
+            reason = f"{message.stage}: {message.error.message} ({message.error.where})"
+            self._post(Happened(event=Event.STAGE_FAILED, reason=reason, error=message.error))
+        elif isinstance(message, WaitForDirectory):
+            tasks.start_soon(self._sandboxed.answer_directory, message.model)
+        elif isinstance(message, Drained):
+            pass  # its exit follows and closes the case
+
+    async def _wait_exit(self) -> None:
+        status = await self._sandboxed.wait()
+        error = ReplicaDiedError(
+            f"the replica's process {status}",
+            where=f"replica {self.order.key.replica}",
+            next_step=f"`snowdrop logs {self.order.key.deployment}` shows its last words",
+        )
+        self._post(Happened(event=Event.EXITED, reason=f"process {status}", error=error.body()))

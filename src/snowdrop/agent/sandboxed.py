@@ -1,0 +1,279 @@
+"""What one replica holds on the node: its content, listening socket, channel, log and sandbox.
+
+Owns descriptors and gives every one of them back in `close`, in whatever state it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import anyio
+import msgspec
+
+from snowdrop.agent.context import NodeContext
+from snowdrop.agent.dataplane.client import EnsuredContent
+from snowdrop.agent.logs import LogLimits, LogSink
+from snowdrop.agent.sandbox.launcher import (
+    CODE_TARGET,
+    LIFECYCLE,
+    MODELS_TARGET,
+    Descriptor,
+    ExitStatus,
+    LaunchSpec,
+    Mount,
+    Output,
+    SandboxHandle,
+    replica_entry,
+)
+from snowdrop.domain.errors import ErrorBody, NotFoundError, SandboxError, SnowdropError
+from snowdrop.domain.receipt import ContentBytes, Span
+from snowdrop.wire.codec import PROTOCOL_VERSION
+from snowdrop.wire.control import StartReplica
+from snowdrop.wire.packet import PacketChannel, packet_pair
+from snowdrop.wire.replica import FROM_REPLICA, Boot, DirectoryReady, Drain, FromReplica, ModelHandle
+
+LISTEN_BACKLOG = 1024
+LAST_WORDS_S_MAX = 1.0
+"""How long after its process is gone a replica's last messages may take to be read."""
+
+
+class Landed(msgspec.Struct, frozen=True, kw_only=True):
+    """What bringing a replica's content cost."""
+
+    content: ContentBytes
+    spans: tuple[Span, ...]
+
+
+class Sandboxed:
+    """See the module. Order of use: content, `launch`, then `keep_log`, `messages` and `wait` side by side."""
+
+    def __init__(self, order: StartReplica, context: NodeContext) -> None:
+        self._order = order
+        self._context = context
+        self._code: EnsuredContent | None = None
+        self._models: dict[str, EnsuredContent] = {}
+        self._listener: socket.socket | None = None
+        self._channel: PacketChannel[FromReplica] | None = None
+        self._log: LogSink | None = None
+        self._handle: SandboxHandle | None = None
+        self._heard_all = anyio.Event()
+        self._kill_wanted = False
+
+    @property
+    def describe(self) -> str:
+        return self._handle.describe if self._handle is not None else ""
+
+    def set_code(self, content: EnsuredContent) -> None:
+        self._code = content
+
+    def add_model(self, name: str, content: EnsuredContent) -> None:
+        self._models[name] = content
+
+    async def launch(self) -> None:
+        """Starts the sandbox and sends Boot. Raises SandboxError or StorageFullError; `close` cleans up."""
+        key, spec = self._order.key, self._order.revision.spec
+        try:
+            self._log = LogSink(
+                self._context.log_path(key), LogLimits(log_bytes_max=self._context.settings.log_bytes_max)
+            )
+            self._listener = self._listen()
+        except OSError as error:
+            raise SandboxError(f"cannot prepare the replica: {error}", where=str(error.filename)) from error
+        ours, theirs = packet_pair()
+        self._channel = PacketChannel(ours, FROM_REPLICA)
+        try:
+            self._handle = await self._context.launcher.launch(
+                LaunchSpec(
+                    replica=key.replica,
+                    entry=replica_entry(self._context.python),
+                    output=Output(stdout_fd=self._log.stdout_fd, stderr_fd=self._log.stderr_fd),
+                    mounts=self._mounts(),
+                    descriptors=(Descriptor(role=LIFECYCLE, fd=theirs.fileno()),),
+                    resources=spec.resources,
+                )
+            )
+        finally:
+            theirs.close()
+            self._log.close_writers()
+        if self._kill_wanted:
+            self._handle.kill()
+        await self._send_boot()
+
+    async def keep_log(self) -> None:
+        if self._log is not None:
+            await self._log.run()
+
+    async def messages(self) -> AsyncIterator[FromReplica]:
+        """What the replica says, until its end of the channel is closed."""
+        try:
+            while self._channel is not None:
+                message, fds = await self._channel.receive()
+                for fd in fds:
+                    os.close(fd)  # a replica has nothing to hand us
+                yield message
+        except (EOFError, OSError, anyio.ClosedResourceError):
+            return
+        finally:
+            self._heard_all.set()
+
+    async def wait(self) -> ExitStatus:
+        """How the process ended, once its last words have been heard."""
+        if self._handle is None:
+            raise SandboxError("not launched", where=str(self._order.key.replica))
+        status = await self._handle.wait()
+        with anyio.move_on_after(LAST_WORDS_S_MAX):
+            await self._heard_all.wait()
+        return status
+
+    async def send_drain(self, drain_s_max: float) -> None:
+        await self._tell(Drain(drain_s_max=drain_s_max))
+
+    async def answer_directory(self, model: str) -> None:
+        """Waits until the model's directory is complete and tells the replica, or tells it why not."""
+        error: ErrorBody | None = None
+        try:
+            bound = next((b for b in self._order.revision.models if b.name == model), None)
+            if bound is None:
+                raise NotFoundError(f"this revision has no model {model!r}", where="model")
+            data_plane = await self._context.data_plane()
+            await data_plane.wait_directory(bound.artefact.manifest)
+        except SnowdropError as failed:
+            error = failed.body()
+        await self._tell(DirectoryReady(model=model, error=error))
+
+    def kill(self) -> None:
+        self._kill_wanted = True
+        if self._handle is not None:
+            self._handle.kill()
+
+    async def close(self) -> None:
+        """Ends what still runs, gives back everything."""
+        if self._handle is not None:
+            await self._handle.close()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._listener is not None:
+            self._listener.close()
+            self._context.socket_path(self._order.key).unlink(missing_ok=True)
+        self._close_areas()
+        if self._log is not None:
+            with anyio.move_on_after(LAST_WORDS_S_MAX):
+                await self._log.run()  # what is still in the pipes
+            self._log.close()
+        with suppress(SnowdropError):  # a data plane that is gone holds no pins
+            data_plane = await self._context.data_plane()
+            await data_plane.release(self._order.key.replica)
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _listen(self) -> socket.socket:
+        """The socket that gateways connect to. The replica gets it open, so it needs no writable folder."""
+        path = self._context.socket_path(self._order.key)
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(str(path))
+            listener.listen(LISTEN_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+        return listener
+
+    def _mounts(self) -> tuple[Mount, ...]:
+        code = [] if self._code is None else [Mount(source=self._code.directory, target=CODE_TARGET)]
+        models = [
+            Mount(source=content.directory, target=f"{MODELS_TARGET}/{name}")
+            for name, content in self._models.items()
+        ]
+        return tuple(code + models)
+
+    async def _send_boot(self) -> None:
+        if self._listener is None or self._channel is None or self._code is None:
+            raise SandboxError("not prepared", where=str(self._order.key.replica))
+        revision = self._order.revision
+        visible = self._context.launcher.visible_path
+        fds = [self._listener.fileno()]
+        handles: list[ModelHandle] = []
+        for bound in revision.models:
+            content = self._models[bound.name]
+            index = -1
+            if content.area_fd is not None:
+                index = len(fds)
+                fds.append(content.area_fd)
+            handles.append(
+                ModelHandle(
+                    name=bound.name,
+                    param=bound.param,
+                    directory=visible(Mount(source=content.directory, target=f"{MODELS_TARGET}/{bound.name}")),
+                    area_fd=index,
+                    area_bytes=content.area_bytes,
+                    area_files=content.area_files,
+                )
+            )
+        boot = Boot(
+            version=PROTOCOL_VERSION,
+            key=self._order.key,
+            spec=revision.spec,
+            code_directory=visible(Mount(source=self._code.directory, target=CODE_TARGET)),
+            models=tuple(handles),
+            env=revision.spec.env,
+        )
+        with suppress(OSError):  # it died already: its exit says so
+            await self._channel.send(boot, tuple(fds))
+        # The replica has its own copies now. Ours would keep accepting connections after its death.
+        self._listener.close()
+        self._close_areas()
+
+    def _close_areas(self) -> None:
+        for name, content in self._models.items():
+            if content.area_fd is not None:
+                os.close(content.area_fd)
+                self._models[name] = msgspec.structs.replace(content, area_fd=None)
+
+    async def _tell(self, message: Drain | DirectoryReady) -> None:
+        with suppress(OSError):  # it is gone: its exit says so
+            if self._channel is not None:
+                await self._channel.send(message)
+
+
+async def replica_content(order: StartReplica, context: NodeContext, sandboxed: Sandboxed) -> Landed:
+    """Brings code and models to the node, all at once, pinned for the replica."""
+    spans: list[Span] = []
+    total = ContentBytes()
+
+    async def bring(name: str | None) -> None:
+        nonlocal total
+        bound = next((b for b in order.revision.models if b.name == name), None)
+        artefact = order.revision.code if bound is None else bound.artefact
+        data_plane = await context.data_plane()
+        content = await data_plane.ensure(
+            order.key.tenant, artefact.manifest, order.key.replica, map_tensors=bound is not None
+        )
+        if bound is None:
+            sandboxed.set_code(content)
+        else:
+            sandboxed.add_model(bound.name, content)
+        total += content.content
+        spans.extend(
+            msgspec.structs.replace(span, parent="mount", note=bound.name if bound else "code")
+            for span in content.spans
+        )
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            for name in (None, *(bound.name for bound in order.revision.models)):
+                tasks.start_soon(bring, name)
+    except* SnowdropError as group:
+        raise _first(group) from group
+    return Landed(content=total, spans=tuple(spans))
+
+
+def _first(group: BaseExceptionGroup[SnowdropError]) -> SnowdropError:
+    """The first typed error of a group: one is enough to say why a replica cannot start."""
+    for error in group.exceptions:
+        return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    raise AssertionError("an exception group is never empty")
