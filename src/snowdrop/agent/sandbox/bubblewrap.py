@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
@@ -233,13 +234,15 @@ class BubblewrapLauncher:
     async def _hold(self, monitor: Child, info_fd: int, group: LimitGroup) -> Process:
         """Waits for the first process of the sandbox and puts it under its limits. It runs nothing yet."""
         try:
-            with anyio.fail_after(LAUNCH_S_MAX):
+            # Not to be cancelled: until bwrap's child has tied its life to bwrap's, killing bwrap would free it.
+            with anyio.fail_after(LAUNCH_S_MAX, shield=True):
                 init = await _read_init(info_fd)
         except TimeoutError as error:
             raise SandboxError("bubblewrap did not start", where=f"launch_s_max={LAUNCH_S_MAX}") from error
         try:
             # The kernel may take 10 ms for a grace period, while bwrap goes on making its mounts.
             await anyio.to_thread.run_sync(group.attach, [init.pid, monitor.pid])
+            await anyio.lowlevel.checkpoint_if_cancelled()
         except BaseException:
             init.kill()
             with anyio.move_on_after(STOP_S_MAX, shield=True):  # a group can be removed only when it is empty

@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 from snowdrop.agent.sandbox import plain_entry
@@ -89,6 +90,7 @@ class PlainLauncher:
             try:
                 with os.fdopen(gate_fd, "wb", buffering=0) as gate:
                     await anyio.to_thread.run_sync(group.attach, [child.pid])
+                    await anyio.lowlevel.checkpoint_if_cancelled()
                     gate.write(b"x")
             except BaseException:
                 await child.close()
