@@ -58,10 +58,13 @@ def erofs(image: str, folder: str) -> str:
     how = "from the file itself"
     result = _libc.mount(image.encode(), folder.encode(), b"erofs", ctypes.c_ulong(MS_RDONLY), b"")
     if result != 0:
+        refused = os.strerror(ctypes.get_errno())
         how = "through a loop device"
-        device = subprocess.run(
-            ["losetup", "--find", "--show", "--read-only", image], check=True, capture_output=True, text=True
-        ).stdout.strip()
+        command = ["losetup", "--find", "--show", "--read-only", image]
+        made = subprocess.run(command, check=False, capture_output=True, text=True)
+        if made.returncode != 0:
+            sys.exit(f"mount of erofs failed: {refused}; nor is there a loop device: {made.stderr.strip()}")
+        device = made.stdout.strip()
         try:
             mount(device, folder, "erofs", MS_RDONLY, "")
         finally:
