@@ -50,7 +50,7 @@ def test_no_failure_escapes_and_each_says_what_to_do(error: Exception, turn_on: 
 
 
 def test_a_failed_trial_is_told_in_its_own_words() -> None:
-    with pytest.raises(ProbeFailed, match="No such file|Operation not permitted"):
+    with pytest.raises(ProbeFailed, match=r"No such file|Operation not permitted"):
         run_trial("erofs", "/nonexistent/image", "/nonexistent")
 
 
