@@ -64,7 +64,7 @@ def _read_all(folder: Path, only: str | None, tail: int) -> list[ReplicaLine]:
 async def _follow_all(
     answer: web.StreamResponse, folder: Path, only: str | None, tail: int, is_living: Callable[[str], bool]
 ) -> None:
-    """The last lines of all logs, then every new line, also of replicas that start later, until the client goes."""
+    """The last lines of all logs, then each new one, also of replicas that start later, until the client goes."""
     send, lines = anyio.create_memory_object_stream[ReplicaLine](LINES_BUFFERED_MAX)
 
     async def follow_one(path: Path, first: int, output: MemoryObjectSendStream[ReplicaLine]) -> None:

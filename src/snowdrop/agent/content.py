@@ -1,11 +1,12 @@
-"""Keeps the node's data plane running: starts its process again when it dies, and renews the pins of living replicas.
+"""Keeps the node's data plane running: starts it again when it dies, and renews the pins of living replicas.
 
 Areas that replicas have mapped stay valid without the data plane; its pins do not, so they are asked for again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import anyio
 import anyio.abc
@@ -22,7 +23,9 @@ EXIT_S_MAX = 5.0
 class DataPlaneKeeper:
     """`current` gives a living data plane; `run` keeps one alive for ever."""
 
-    def __init__(self, settings: DataPlaneSettings, renew: Callable[[DataPlane], Awaitable[None]]) -> None:
+    def __init__(
+        self, settings: DataPlaneSettings, renew: Callable[[DataPlane], Coroutine[Any, Any, None]]
+    ) -> None:
         self._settings = settings
         self._renew = renew
         self._plane: DataPlane | None = None

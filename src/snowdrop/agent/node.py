@@ -42,6 +42,7 @@ class Node:
         self._context: NodeContext | None = None
         self._tasks: anyio.abc.TaskGroup | None = None
         self._stopping = False
+        self._runner_gone = anyio.Event()
         self._one_write = anyio.CapacityLimiter(1)
         self.changed: Callable[[ReplicaReport], None] = _ignore
         self.usage_ready: Callable[[], None] = _nothing
@@ -96,7 +97,10 @@ class Node:
     async def meter_once(self) -> None:
         """Makes what ran since the last call durable; what cannot be written now is in the next record."""
         ends, self._unmetered_ends = self._unmetered_ends, []
-        living = [runner.report for runner in self._runners.values()]
+        # An ended runner may still be cleaning up; its end is metered from `ends`, once.
+        living = [
+            r for r in (runner.report for runner in self._runners.values()) if r.state not in TERMINAL_STATES
+        ]
         seen = {report.key.replica: report for report in [*living, *ends]}
         now_unix_ns = time.time_ns()
         drafts: list[UsageDraft] = []
@@ -135,7 +139,8 @@ class Node:
             runner.drain("the agent stops", stop_s_max)
         with anyio.move_on_after(stop_s_max):
             while self._runners:
-                await anyio.sleep(0.02)
+                self._runner_gone = anyio.Event()
+                await self._runner_gone.wait()
 
     def _start(self, order: StartReplica) -> None:
         if self._tasks is None or self._context is None:
@@ -153,6 +158,7 @@ class Node:
             await runner.run()
         finally:
             del self._runners[replica]
+            self._runner_gone.set()
             self._ended[replica] = _short(runner.report)
             while len(self._ended) > ENDED_KEPT_MAX:
                 del self._ended[next(iter(self._ended))]

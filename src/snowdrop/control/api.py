@@ -1,0 +1,206 @@
+"""Control's HTTP API, on a unix socket in the state folder. Bodies are in `wire.api`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from snowdrop.control.deploying import Deploying, unknown_deployment, unknown_model
+from snowdrop.control.loop import ControlLoop
+from snowdrop.control.peers import Peers
+from snowdrop.control.views import deployment_view, describe
+from snowdrop.domain.errors import InvalidInputError, NotFoundError, PlatformDownError, SnowdropError
+from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, ModelName, ReceiptId, TenantId, parse_name
+from snowdrop.state.port import KeyRecord
+from snowdrop.tenancy.keys import make_key
+from snowdrop.wire.api import TENANT_HEADER, Deploy, Deployed, Info, NewKey, PutModel, SetScale
+
+BODY_BYTES_MAX = 16 << 20
+LIST_DEFAULT = 50
+RECENT_MAX = 10
+
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def _json(value: Any, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
+
+
+def _tenant(request: web.Request) -> TenantId:
+    return TenantId(request.headers.get(TENANT_HEADER, DEFAULT_TENANT))
+
+
+async def _body(request: web.Request, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(await request.read(), type=kind)
+    except msgspec.DecodeError as error:
+        raise InvalidInputError(f"bad request body: {error}", where=request.path) from error
+
+
+def _limit(request: web.Request) -> int:
+    text = request.query.get("limit", str(LIST_DEFAULT))
+    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
+        raise InvalidInputError(f"limit {text!r} is not a number from 1 to 10,000", where="query limit")
+    return int(text)
+
+
+@web.middleware
+async def _typed_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except SnowdropError as error:
+        return _json({"error": error.body()}, status=error.http_status)
+
+
+class Api:
+    """Handlers. `info` is everything about the platform that does not change while it runs."""
+
+    def __init__(self, loop: ControlLoop, peers: Peers, info: Info) -> None:
+        self._loop = loop
+        self._state = loop.state
+        self._peers = peers
+        self._info = info
+        self._deploying = Deploying(loop)
+
+    def app(self) -> web.Application:
+        app = web.Application(middlewares=[_typed_errors], client_max_size=BODY_BYTES_MAX)
+        app.add_routes(
+            [
+                web.get("/v1/info", self._get_info),
+                web.get("/v1/models", self._list_models),
+                web.get("/v1/models/{name}", self._get_model),
+                web.put("/v1/models/{name}", self._put_model),
+                web.delete("/v1/models/{name}", self._delete_model),
+                web.get("/v1/deployments", self._list_deployments),
+                web.post("/v1/deployments/{name}", self._deploy),
+                web.get("/v1/deployments/{name}", self._describe),
+                web.patch("/v1/deployments/{name}/scale", self._scale),
+                web.delete("/v1/deployments/{name}", self._delete),
+                web.get("/v1/deployments/{name}/logs", self._logs),
+                web.get("/v1/receipts", self._list_receipts),
+                web.get("/v1/receipts/{id}", self._get_receipt),
+                web.get("/v1/usage", self._usage),
+                web.get("/v1/keys", self._list_keys),
+                web.post("/v1/keys/{name}", self._make_key),
+                web.delete("/v1/keys/{name}", self._delete_key),
+            ]
+        )
+        return app
+
+    async def _get_info(self, _request: web.Request) -> web.Response:
+        world = self._loop.world
+        nodes = tuple(node.record for node in world.nodes.values())
+        sandbox = next((record.sandbox for record in nodes), "")
+        return _json(
+            msgspec.structs.replace(self._info, nodes=nodes, gateways=tuple(world.gateways), sandbox=sandbox)
+        )
+
+    async def _list_models(self, request: web.Request) -> web.Response:
+        return _json(await self._state.list_models(_tenant(request)))
+
+    async def _get_model(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        record = await self._state.get_model(_tenant(request), ModelName(name))
+        if record is None:
+            raise unknown_model(name)
+        return _json(record)
+
+    async def _put_model(self, request: web.Request) -> web.Response:
+        body = await _body(request, PutModel)
+        return _json(await self._deploying.put_model(_tenant(request), request.match_info["name"], body), 201)
+
+    async def _delete_model(self, request: web.Request) -> web.Response:
+        await self._deploying.delete_model(_tenant(request), request.match_info["name"])
+        return web.Response(status=204)
+
+    async def _list_deployments(self, request: web.Request) -> web.Response:
+        tenant, world = _tenant(request), self._loop.world
+        keys = sorted(key for key in world.deployments if key[0] == tenant)
+        return _json([deployment_view(world, key, self._info.gateway_url) for key in keys])
+
+    async def _deploy(self, request: web.Request) -> web.Response:
+        body = await _body(request, Deploy)
+        revision, created = await self._deploying.deploy(_tenant(request), request.match_info["name"], body)
+        url = f"{self._info.gateway_url}/{revision.deployment}"
+        deployed = Deployed(deployment=revision.deployment, revision=revision.id, created=created, url=url)
+        return _json(deployed, 201)
+
+    async def _describe(self, request: web.Request) -> web.Response:
+        key = (_tenant(request), DeploymentName(request.match_info["name"]))
+        if key not in self._loop.world.deployments:
+            raise unknown_deployment(key[1])
+        recent = await self._state.list_replicas(*key, ended=True, limit=RECENT_MAX)
+        sandbox = next((node.record.sandbox for node in self._loop.world.nodes.values()), "")
+        view = describe(self._loop.world, key, gateway_url=self._info.gateway_url, sandbox=sandbox, recent=recent)
+        return _json(view)
+
+    async def _scale(self, request: web.Request) -> web.Response:
+        body = await _body(request, SetScale)
+        return _json(await self._deploying.scale(_tenant(request), request.match_info["name"], body))
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        await self._deploying.delete(_tenant(request), request.match_info["name"])
+        return web.Response(status=202)
+
+    async def _logs(self, request: web.Request) -> web.StreamResponse:
+        """The agent's answer, passed on as it comes. Logs outlive their deployment, so no check is made."""
+        tenant, name = _tenant(request), request.match_info["name"]
+        node = next(iter(self._loop.world.nodes.values()), None)
+        if node is None:
+            raise PlatformDownError("no node is connected", where="agent", next_step="`snowdrop up` starts it")
+        url = f"http://agent/logs/{tenant}/{name}"
+        answer = web.StreamResponse(headers={"content-type": "application/x-ndjson"})
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
+        connector = aiohttp.UnixConnector(path=node.api_socket)
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+            session.get(url, params=request.query) as response,
+        ):
+            await answer.prepare(request)
+            async for chunk in response.content.iter_any():
+                await answer.write(chunk)
+        await answer.write_eof()
+        return answer
+
+    async def _list_receipts(self, request: web.Request) -> web.Response:
+        name = request.query.get("deployment")
+        deployment = DeploymentName(name) if name else None
+        found = await self._state.list_receipts(_tenant(request), deployment, limit=_limit(request))
+        return _json(found)
+
+    async def _get_receipt(self, request: web.Request) -> web.Response:
+        receipt = await self._state.get_receipt(_tenant(request), ReceiptId(request.match_info["id"]))
+        if receipt is None:
+            raise NotFoundError(
+                f"there is no receipt {request.match_info['id']!r}",
+                where="receipt id",
+                next_step="`snowdrop receipts` lists them",
+            )
+        return _json(receipt)
+
+    async def _usage(self, request: web.Request) -> web.Response:
+        return _json(await self._state.usage_totals(_tenant(request)))
+
+    async def _list_keys(self, request: web.Request) -> web.Response:
+        return _json(await self._state.list_keys(_tenant(request)))
+
+    async def _make_key(self, request: web.Request) -> web.Response:
+        secret, digest = make_key()
+        name = parse_name(request.match_info["name"], what="key name")
+        record = KeyRecord(tenant=_tenant(request), name=name, key_sha256=digest, created_unix_ns=time.time_ns())
+        await self._state.put_key(record)
+        await self._peers.load_keys()
+        return _json(NewKey(name=name, secret=secret), 201)
+
+    async def _delete_key(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if not await self._state.delete_key(_tenant(request), name):
+            raise NotFoundError(f"there is no key {name!r}", next_step="`snowdrop key ls` lists them")
+        await self._peers.load_keys()
+        return web.Response(status=204)

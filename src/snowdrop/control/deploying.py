@@ -1,0 +1,129 @@
+"""Changes that people make: models, deployments, scale. Each is one fenced write, then the loop is told."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from snowdrop.control.loop import ControlLoop
+from snowdrop.domain.deployment import BoundModel, Deployment, ModelRecord, Revision
+from snowdrop.domain.errors import ConflictError, NotFoundError
+from snowdrop.domain.ids import DeploymentName, ModelName, RevisionId, TenantId, fresh_id, parse_name
+from snowdrop.domain.service import Scale
+from snowdrop.wire.api import Deploy, PutModel, SetScale
+
+ATTEMPTS_MAX = 5
+
+
+class Deploying:
+    """The write side of the API."""
+
+    def __init__(self, loop: ControlLoop) -> None:
+        self._loop = loop
+        self._state = loop.state
+
+    async def put_model(self, tenant: TenantId, name: str, body: PutModel) -> ModelRecord:
+        record = ModelRecord(
+            tenant=tenant,
+            name=ModelName(parse_name(name, what="model name")),
+            artefact=body.artefact,
+            created_unix_ns=time.time_ns(),
+            source=body.source,
+        )
+        await self._state.put_model(record)
+        return record
+
+    async def delete_model(self, tenant: TenantId, name: str) -> None:
+        """Raises ConflictError while a deployment's current revision uses it."""
+        for key, entry in self._loop.world.deployments.items():
+            if key[0] == tenant and any(bound.name == name for bound in entry.revision.models):
+                raise ConflictError(
+                    f"model {name!r} is used by deployment {key[1]!r}",
+                    where=f"deployment {key[1]}",
+                    next_step=f"`snowdrop delete {key[1]}` first",
+                )
+        if not await self._state.delete_model(tenant, ModelName(name)):
+            raise unknown_model(name)
+
+    async def deploy(self, tenant: TenantId, name: str, body: Deploy) -> tuple[Revision, bool]:
+        """A new revision of a deployment, which is made if it is not there. The flag says whether it was made."""
+        deployment_name = DeploymentName(parse_name(name, what="deployment name"))
+        models: list[BoundModel] = []
+        for model in body.spec.models:
+            record = await self._state.get_model(tenant, ModelName(model.name))
+            if record is None:
+                raise unknown_model(model.name)
+            models.append(BoundModel(name=record.name, param=model.param, artefact=record.artefact))
+        revision = Revision(
+            id=RevisionId(fresh_id("rev")),
+            tenant=tenant,
+            deployment=deployment_name,
+            created_unix_ns=time.time_ns(),
+            spec=body.spec,
+            code=body.code,
+            models=tuple(models),
+        )
+        await self._state.put_revision(revision)
+        for _ in range(ATTEMPTS_MAX):
+            stored = await self._state.get_deployment(tenant, deployment_name)
+            generation = stored.generation if stored else 0
+            deployment = Deployment(
+                tenant=tenant,
+                name=deployment_name,
+                revision=revision.id,
+                generation=generation + 1,
+                created_unix_ns=stored.created_unix_ns if stored else revision.created_unix_ns,
+            )
+            try:
+                await self._state.put_deployment(deployment, expected_generation=generation)
+            except ConflictError:
+                continue
+            await self._loop.set_deployment(deployment)
+            return revision, stored is None
+        raise ConflictError(f"deployment {name!r} is being changed by others", next_step="try again")
+
+    async def scale(self, tenant: TenantId, name: str, body: SetScale) -> Scale:
+        """Overrides the revision's scale; also gives a crash-looping revision another chance."""
+        entry = self._loop.world.deployments.get((tenant, DeploymentName(name)))
+        if entry is None:
+            raise unknown_deployment(name)
+        changes = {k: v for k, v in msgspec.structs.asdict(body).items() if v is not None}
+        before = entry.deployment.scale or entry.revision.spec.scale
+        if "min" in changes and "max" not in changes and changes["min"] > before.max:
+            changes["max"] = changes["min"]
+        scale = msgspec.structs.replace(before, **changes)
+        await self._change(tenant, name, scale=scale)
+        return scale
+
+    async def delete(self, tenant: TenantId, name: str) -> None:
+        """Replicas drain first; the deployment is gone when the last one has ended."""
+        await self._change(tenant, name, deleting=True)
+
+    async def _change(self, tenant: TenantId, name: str, **changes: object) -> None:
+        for _ in range(ATTEMPTS_MAX):
+            stored = await self._state.get_deployment(tenant, DeploymentName(name))
+            if stored is None:
+                raise unknown_deployment(name)
+            changed = msgspec.structs.replace(stored, generation=stored.generation + 1, **changes)
+            try:
+                await self._state.put_deployment(changed, expected_generation=stored.generation)
+            except ConflictError:
+                continue
+            await self._loop.set_deployment(changed)
+            return
+        raise ConflictError(f"deployment {name!r} is being changed by others", next_step="try again")
+
+
+def unknown_model(name: str) -> NotFoundError:
+    return NotFoundError(
+        f"there is no model {name!r}",
+        where="model name",
+        next_step=f"`snowdrop model push {name} DIRECTORY` first; `snowdrop model ls` lists what is there",
+    )
+
+
+def unknown_deployment(name: str) -> NotFoundError:
+    return NotFoundError(
+        f"there is no deployment {name!r}", where="deployment name", next_step="`snowdrop ps` lists them"
+    )

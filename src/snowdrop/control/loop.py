@@ -1,0 +1,256 @@
+"""The thin shell around the deciders: wakes when something changed, iterates, sends orders, publishes routes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+import anyio
+import msgspec
+
+from snowdrop.control.receipts import receipt_of
+from snowdrop.control.reconcile import iterate, next_look_s
+from snowdrop.control.recorder import Recorder
+from snowdrop.control.routes import deployment_route
+from snowdrop.control.world import DeploymentEntry, DeploymentKey, ReplicaEntry, World
+from snowdrop.domain.deployment import Deployment
+from snowdrop.domain.errors import ReplicaDiedError
+from snowdrop.domain.ids import NodeId, ReplicaId
+from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
+from snowdrop.domain.service import ResourceSpec
+from snowdrop.policy import restart
+from snowdrop.state.port import StateStore
+from snowdrop.wire.codec import Message
+from snowdrop.wire.control import DeploymentRoute, LoadReport, RouteChanged
+
+LOST_REASON = "its agent is gone"
+log = logging.getLogger("snowdrop.control")
+
+
+class ControlLoop:
+    """Owns the world. `send_agent` and `send_gateways` are set by whoever holds the connections."""
+
+    def __init__(self, state: StateStore, recorder: Recorder, *, tick_s: float) -> None:
+        self.world = World()
+        self.state = state
+        self.recorder = recorder
+        self.generation = 0
+        self.send_agent: Callable[[NodeId, Message], None] = lambda _node, _message: None
+        self.send_gateways: Callable[[Message], None] = lambda _message: None
+        self._tick_s = tick_s
+        self._dirty: set[DeploymentKey] = set()
+        self._wake = anyio.Event()
+        self._published: dict[DeploymentKey, DeploymentRoute] = {}
+
+    # --- what others tell ---------------------------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Reads deployments and the replicas that lived when control last ran."""
+        for deployment in await self.state.list_deployments(None):
+            await self.set_deployment(deployment)
+        for report in await self.state.list_replicas(None, None, ended=False, limit=10_000):
+            self._adopt(report)
+
+    async def set_deployment(self, deployment: Deployment) -> None:
+        """A deployment is new or has changed; its revision is read from the state."""
+        key = (deployment.tenant, deployment.name)
+        revision = await self.state.get_revision(deployment.tenant, deployment.name, deployment.revision)
+        if revision is None:
+            log.error("deployment %s/%s names revision %s, which is not stored", *key, deployment.revision)
+            return
+        entry = self.world.deployments.get(key)
+        if entry is None:
+            self.world.deployments[key] = DeploymentEntry(deployment, revision)
+        else:
+            entry.deployment, entry.revision = deployment, revision
+            entry.starts = restart.StartHistory()  # somebody acted: failures of before do not count
+        self.poke(key)
+
+    def poke(self, key: DeploymentKey) -> None:
+        """Looks at a deployment soon."""
+        self._dirty.add(key)
+        self._wake.set()
+
+    def heard_load(self, report: LoadReport) -> None:
+        """A gateway's load, whole."""
+        loads = self.world.gateways.get(report.gateway)
+        if loads is None:
+            return
+        for load in report.loads:
+            key = (load.tenant, load.deployment)
+            before = loads.get(key)
+            loads[key] = load
+            if before is None or (before.in_flight, before.queued) != (load.in_flight, load.queued) or load.peak:
+                self.poke(key)
+
+    def heard_idle(self, gateway: str, replica: ReplicaId) -> None:
+        """Nothing of that gateway is in flight at a draining replica."""
+        entry = self.world.replicas.get(replica)
+        if entry is not None:
+            entry.idle_at.add(gateway)
+            self.poke(entry.key)
+
+    def gateway_gone(self, gateway: str) -> None:
+        self.world.gateways.pop(gateway, None)
+        for key in self.world.deployments:
+            self.poke(key)
+
+    def heard_replica(self, report: ReplicaReport) -> None:
+        """A replica changed, or is told again in a hello."""
+        entry = self.world.replicas.get(report.key.replica)
+        if entry is None:
+            if report.state not in TERMINAL_STATES:
+                self._adopt(report)
+                entry = self.world.replicas[report.key.replica]
+            elif not self.world.remember_end(report):
+                return
+        elif entry.report is not None and entry.report.version >= report.version:
+            return
+        now_s = time.monotonic()
+        ordered_unix_ns = entry.order.ordered_unix_ns if entry is not None and entry.order else 0
+        if entry is not None:
+            entry.report = report
+            if report.state is ReplicaState.READY and entry.ready_s is None:
+                entry.ready_s = now_s
+        self._record(report, ordered_unix_ns)
+        if report.state in TERMINAL_STATES and entry is not None:
+            self.world.remember_end(report)
+            del self.world.replicas[report.key.replica]
+            self._count_failure(entry, report, now_s)
+        # Gateways hear of it before anything else is done: a caller may be waiting for this replica.
+        key = (report.key.tenant, report.key.deployment)
+        self.publish(key)
+        self.poke(key)
+
+    def node_gone(self, node: NodeId, living: Iterable[ReplicaId] = ()) -> None:
+        """An agent is lost, or came back with only `living`: everything else that it had is lost with it."""
+        kept = set(living)
+        for name, entry in list(self.world.replicas.items()):
+            if entry.node == node and name not in kept:
+                self.heard_replica(_lost(name, entry))
+
+    # --- the loop -----------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """For ever. One failing deployment does not keep the others from being looked at."""
+        while True:
+            keys, self._dirty = self._dirty, set()
+            for key in keys:
+                if key in self.world.deployments:
+                    await self.look(key)
+            if not self._dirty:
+                with anyio.move_on_after(self._wait_s()):
+                    await self._wake.wait()
+            self._wake = anyio.Event()
+            if not self._dirty:
+                self._dirty = {key for key in self.world.deployments if self._is_active(key)}
+
+    async def look(self, key: DeploymentKey) -> None:
+        """One iteration for one deployment."""
+        entry = self.world.deployments[key]
+        orders = iterate(self.world, key, now_s=time.monotonic(), now_unix_ns=time.time_ns())
+        for order in orders:
+            self.send_agent(order.node, order.message)
+        if entry.deployment.deleting and not any(True for _ in self.world.replicas_of(key)):
+            await self.state.delete_deployment(*key)
+            del self.world.deployments[key]
+        self.publish(key)
+
+    def publish(self, key: DeploymentKey) -> None:
+        """Tells gateways of a deployment if what they know is no longer so."""
+        route = deployment_route(self.world, key)
+        if route == self._published.get(key):
+            return
+        if route is None:
+            del self._published[key]
+        else:
+            self._published[key] = route
+        self.generation += 1
+        changed = RouteChanged(generation=self.generation, tenant=key[0], deployment=key[1], route=route)
+        self.send_gateways(changed)
+
+    def _is_active(self, key: DeploymentKey) -> bool:
+        """Whether time alone can change what a deployment should have."""
+        entry = self.world.deployments[key]
+        decision = entry.decision
+        replicas = any(True for _ in self.world.replicas_of(key))
+        return replicas or decision is None or decision.desired > 0 or decision.stable_load > 0
+
+    def _wait_s(self) -> float:
+        now_s = time.monotonic()
+        looks = [next_look_s(entry, now_s) for entry in self.world.deployments.values()]
+        return min([self._tick_s, *(max(0.0, look - now_s) + 0.001 for look in looks if look is not None)])
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _adopt(self, report: ReplicaReport) -> None:
+        """A replica that an earlier life of control ordered."""
+        key = (report.key.tenant, report.key.deployment)
+        deployment = self.world.deployments.get(key)
+        self.world.replicas[report.key.replica] = ReplicaEntry(
+            key=key,
+            revision=report.key.revision,
+            node=report.node,
+            age=self.world.next_age(),
+            resources=deployment.revision.spec.resources if deployment else ResourceSpec(),
+            ordered_s=time.monotonic(),
+            report=report,
+            ready_s=time.monotonic() if report.state is ReplicaState.READY else None,
+            draining="" if deployment else "its deployment is gone",
+        )
+
+    def _record(self, report: ReplicaReport, ordered_unix_ns: int) -> None:
+        state = self.state
+
+        async def write() -> None:
+            # The receipt first: a stored report then means that its receipt is stored.
+            if report.state is ReplicaState.READY or report.state in TERMINAL_STATES:
+                await state.put_receipt(receipt_of(report, ordered_unix_ns=ordered_unix_ns))
+            await state.put_replica(report)
+
+        self.recorder.add(f"replica {report.key.replica} {report.state}", write)
+
+    def _count_failure(self, entry: ReplicaEntry, report: ReplicaReport, now_s: float) -> None:
+        deployment = self.world.deployments.get(entry.key)
+        if report.state is not ReplicaState.FAILED or deployment is None:
+            return
+        if entry.revision != deployment.revision.id or report.reason == LOST_REASON:
+            return
+        ready_s = now_s - entry.ready_s if entry.ready_s is not None else None
+        reason = report.error.message if report.error is not None else report.reason
+        where = f" [{report.error.where}]" if report.error is not None and report.error.where else ""
+        deployment.starts = restart.after_failure(
+            deployment.starts, reason=reason + where, ready_s=ready_s, now_s=now_s
+        )
+
+
+def _lost(name: ReplicaId, entry: ReplicaEntry) -> ReplicaReport:
+    """The report that a lost agent can no longer make."""
+    error = ReplicaDiedError(
+        "the node's agent is gone, and its replicas with it",
+        where=f"node {entry.node}",
+        next_step="the agent is started again by itself; another replica is started then",
+    )
+    if entry.report is not None:
+        last = entry.report
+    elif entry.order is not None:
+        last = ReplicaReport(
+            key=entry.order.key,
+            node=entry.node,
+            state=ReplicaState.PENDING,
+            reason="ordered",
+            version=0,
+            socket_path="",
+            started_unix_ns=entry.order.ordered_unix_ns,
+        )
+    else:
+        raise AssertionError(f"replica {name} was neither ordered nor reported")
+    return msgspec.structs.replace(
+        last,
+        state=ReplicaState.FAILED,
+        reason=LOST_REASON,
+        version=last.version + 1,
+        error=error.body(),
+        ended_unix_ns=time.time_ns(),
+    )

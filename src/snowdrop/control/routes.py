@@ -1,0 +1,67 @@
+"""From the world to what gateways are told: a pure translation."""
+
+from __future__ import annotations
+
+from snowdrop.control.world import DeploymentEntry, DeploymentKey, ReplicaEntry, World
+from snowdrop.domain.deployment import DeploymentHealth
+from snowdrop.domain.errors import ErrorBody, RevisionFailedError, UnavailableError
+from snowdrop.domain.ids import ReplicaId, receipt_id_of
+from snowdrop.domain.replica import STARTING_STATES, ReplicaState
+from snowdrop.wire.control import DeploymentRoute, ReplicaRoute
+
+KNOWN_STATES = frozenset({ReplicaState.READY, ReplicaState.DRAINING})
+
+
+def deployment_route(world: World, key: DeploymentKey) -> DeploymentRoute | None:
+    """The deployment's entry in the table of gateways; None if it has none."""
+    entry = world.deployments.get(key)
+    if entry is None:
+        return None
+    replicas = list(world.replicas_of(key))
+    return DeploymentRoute(
+        tenant=key[0],
+        deployment=key[1],
+        revision=entry.revision.id,
+        queue=entry.revision.spec.queue,
+        concurrency=entry.revision.spec.concurrency,
+        replicas=tuple(
+            _route(name, replica, entry) for name, replica in replicas if replica.state in KNOWN_STATES
+        ),
+        starting=sum(1 for _, replica in replicas if replica.state in STARTING_STATES and not replica.draining),
+        replicas_max=entry.scale.max,
+        refusal=_refusal(entry),
+    )
+
+
+def _route(name: ReplicaId, replica: ReplicaEntry, entry: DeploymentEntry) -> ReplicaRoute:
+    report = replica.report
+    if report is None:
+        raise AssertionError("a replica is ready only by a report")
+    ready = next((t.unix_ns for t in report.history if t.after is ReplicaState.READY), 0)
+    return ReplicaRoute(
+        replica=name,
+        revision=replica.revision,
+        socket_path=report.socket_path,
+        concurrency=entry.revision.spec.concurrency,
+        accepting=report.state is ReplicaState.READY and not replica.draining,
+        receipt=receipt_id_of(name),
+        ready_unix_ns=ready,
+        spans=tuple(span for span in report.spans if not span.parent),
+        content=report.content,
+    )
+
+
+def _refusal(entry: DeploymentEntry) -> ErrorBody | None:
+    """Why requests are refused at once instead of waiting for something that will not come."""
+    name = entry.deployment.name
+    if entry.deployment.deleting:
+        return UnavailableError(f"deployment {name!r} is being deleted", where=name).body()
+    if entry.health is DeploymentHealth.CRASH_LOOPING:
+        return RevisionFailedError(
+            f"revision {entry.revision.id} of {name!r} does not start: {entry.health_reason}",
+            where=f"revision {entry.revision.id}",
+            next_step=f"`snowdrop logs {name}` shows why; deploy a fix, or retry: `snowdrop scale {name}`",
+        ).body()
+    if entry.scale.max == 0:
+        return UnavailableError(f"deployment {name!r} is scaled to nothing", where="scale.max=0").body()
+    return None

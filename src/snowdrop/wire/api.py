@@ -1,0 +1,99 @@
+"""The control API's bodies, shared by server and clients. All are JSON; errors are `{"error": ErrorBody}`."""
+
+from __future__ import annotations
+
+import msgspec
+
+from snowdrop.domain.deployment import NodeRecord, Revision
+from snowdrop.domain.errors import ErrorBody
+from snowdrop.domain.ids import DeploymentName, ModelName, RevisionId
+from snowdrop.domain.manifest import ArtefactRef
+from snowdrop.domain.replica import ReplicaReport
+from snowdrop.domain.service import Scale, ServiceSpec
+
+TENANT_HEADER = "x-snowdrop-tenant"
+"""Whoever can open control's socket runs the platform, and may act for any tenant."""
+
+
+class Info(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client needs to know of the platform."""
+
+    version: str
+    state: str
+    gateway_url: str
+    origin_url: str
+    sandbox: str
+    nodes: tuple[NodeRecord, ...]
+    gateways: tuple[str, ...]
+
+
+class PutModel(msgspec.Struct, frozen=True, kw_only=True):
+    """Points a model's name at pushed content."""
+
+    artefact: ArtefactRef
+    source: str = ""
+
+
+class Deploy(msgspec.Struct, frozen=True, kw_only=True):
+    """A new revision: what the code says of itself and the packed code."""
+
+    spec: ServiceSpec
+    code: ArtefactRef
+
+
+class Deployed(msgspec.Struct, frozen=True, kw_only=True):
+    deployment: DeploymentName
+    revision: RevisionId
+    created: bool
+    url: str
+
+
+class SetScale(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields left out stay as they are."""
+
+    min: int | None = None
+    max: int | None = None
+    idle_s: float | None = None
+
+
+class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
+    """A deployment as `ps` shows it."""
+
+    name: DeploymentName
+    revision: RevisionId
+    url: str
+    health: str
+    health_reason: str
+    desired: int
+    ready: int
+    starting: int
+    draining: int
+    in_flight: int
+    queued: int
+    why: str
+    scale: Scale
+    concurrency: int
+    created_unix_ns: int
+
+
+class Description(msgspec.Struct, frozen=True, kw_only=True):
+    """A deployment with everything known of it."""
+
+    view: DeploymentView
+    revision: Revision
+    replicas: tuple[ReplicaReport, ...]
+    recent: tuple[ReplicaReport, ...]
+    sandbox: str
+    placement: str
+    models: tuple[ModelName, ...]
+
+
+class NewKey(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to making a key: the only time its secret is seen."""
+
+    name: str
+    secret: str
+
+
+class ApiError(msgspec.Struct, frozen=True):
+    error: ErrorBody
