@@ -1,0 +1,179 @@
+"""What user code writes: the decorators that turn a class into a service.
+
+    import snowdrop as sd
+
+    @sd.service(model=sd.Model("minilm"), concurrency=16)
+    class Embed:
+        @sd.startup
+        def load(self, model: sd.LoadedModel) -> None: ...
+
+        @sd.endpoint("/embed")
+        async def embed(self, texts: list[str]) -> list[list[float]]: ...
+
+The decorators change nothing about a class or a method but one attribute, so that a service stays an ordinary
+class that a test can make and call.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
+from typing import Any, TypeVar
+
+from snowdrop.domain.cancel import cancelled
+from snowdrop.domain.errors import InvalidInputError
+from snowdrop.domain.service import (
+    SERVICE_ATTRIBUTE,
+    STAGE_ATTRIBUTE,
+    Image,
+    Model,
+    QueueSpec,
+    ResourceSpec,
+    Scale,
+)
+from snowdrop.sdk.schema import Mark, build_spec, check_path
+
+__all__ = [
+    "Image",
+    "Model",
+    "QueueSpec",
+    "ResourceSpec",
+    "Scale",
+    "cancelled",
+    "endpoint",
+    "service",
+    "shutdown",
+    "startup",
+]
+
+C = TypeVar("C", bound=type)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def service(
+    *,
+    image: Image | None = None,
+    model: Model | Sequence[Model] | None = None,
+    concurrency: int | None = None,
+    scale: Scale | None = None,
+    accelerator: str | Sequence[str] | None = None,
+    queue: QueueSpec | None = None,
+    resources: ResourceSpec | None = None,
+    startup_s_max: float | None = None,
+    import_s_max: float | None = None,
+    drain_s_max: float | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Callable[[C], C]:
+    """Makes a class a service.
+
+    `model` is one model, or several that each name their startup parameter (`Model("a", param="encoder")`).
+    `concurrency` is the hard limit
+    of requests in one replica at a time; `accelerator` a list in order of preference. `startup_s_max`,
+    `import_s_max` and `drain_s_max` bound these stages, in seconds. Raises InvalidInputError naming what is wrong.
+    """
+    given: tuple[Any, ...] = ()
+    if model is not None:
+        given = tuple(model) if isinstance(model, list | tuple) else (model,)
+    options: dict[str, Any] = {
+        "image": image,
+        "concurrency": concurrency,
+        "scale": scale,
+        "accelerator": (accelerator,) if isinstance(accelerator, str) else accelerator and tuple(accelerator),
+        "queue": queue,
+        "resources": resources,
+        "startup_s_max": startup_s_max,
+        "import_s_max": import_s_max,
+        "drain_s_max": drain_s_max,
+        "env": None if env is None else dict(env),
+    }
+    _check_types(options, given)
+    chosen = {name: value for name, value in options.items() if value is not None}
+
+    def decorate(cls: C) -> C:
+        if not isinstance(cls, type):
+            raise InvalidInputError(
+                f"`service` decorates a class, not {cls!r}", where="service", next_step="put it above `class ...:`"
+            )
+        setattr(cls, SERVICE_ATTRIBUTE, build_spec(cls, given, chosen))
+        return cls
+
+    return decorate
+
+
+def startup(function: F) -> F:
+    """Marks the method that runs before the first request; its parameters are the service's models."""
+    return _mark(function, ("startup",))
+
+
+def shutdown(function: F) -> F:
+    """Marks the method that runs after the last request has been answered."""
+    return _mark(function, ("shutdown",))
+
+
+def endpoint(path: str) -> Callable[[F], F]:
+    """Marks a method that answers requests to `path`. Its signature is the schema of the request."""
+    if not isinstance(path, str):
+        raise InvalidInputError(
+            "`endpoint` needs a path", where="endpoint", next_step='write `@sd.endpoint("/path")`, with the path'
+        )
+    check_path(path, "endpoint")
+
+    def decorate(function: F) -> F:
+        return _mark(function, ("endpoint", path))
+
+    return decorate
+
+
+def _mark(function: F, mark: Mark) -> F:
+    name = getattr(function, "__qualname__", repr(function))
+    kind: object = function
+    if not isinstance(kind, FunctionType | staticmethod | classmethod):
+        raise InvalidInputError(
+            f"`{mark[0]}` decorates a method, not {function!r}",
+            where=mark[0],
+            next_step=f"write `@sd.{mark[0]}` directly above `def`",
+        )
+    if getattr(function, STAGE_ATTRIBUTE, None) is not None:
+        raise InvalidInputError(
+            f"{name} is marked twice", where=name, next_step="use one of startup, endpoint and shutdown on it"
+        )
+    setattr(function, STAGE_ATTRIBUTE, mark)
+    return function
+
+
+def _is_method(value: object) -> bool:
+    # staticmethod and classmethod objects get their own refusal, which knows the class.
+    return callable(value) or hasattr(value, "__func__")
+
+
+_WANTED: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "image": (Image, 'an image, as in `sd.Image.from_requirements("requirements.txt")`'),
+    "concurrency": (int, "a whole number"),
+    "scale": (Scale, "a scale, as in `sd.Scale(min=0, max=4)`"),
+    "accelerator": (tuple, "a name or a list of names"),
+    "queue": (QueueSpec, "a queue, as in `sd.QueueSpec(length_max=100)`"),
+    "resources": (ResourceSpec, "resources, as in `sd.ResourceSpec(cpus=2)`"),
+    "startup_s_max": ((int, float), "seconds"),
+    "import_s_max": ((int, float), "seconds"),
+    "drain_s_max": ((int, float), "seconds"),
+    "env": (dict, "a dict of str to str"),
+}
+
+
+def _check_types(options: Mapping[str, Any], models: Sequence[object]) -> None:
+    """msgspec checks types when it decodes, not when user code calls a constructor; this does."""
+    for name, value in options.items():
+        kind, wanted = _WANTED[name]
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise InvalidInputError(
+                f"`{name}` is {value!r}", where=f"service({name})", next_step=f"give it {wanted}"
+            )
+    texts = [*(options["accelerator"] or ()), *(options["env"] or {}), *(options["env"] or {}).values()]
+    for text in texts:
+        if not isinstance(text, str):
+            raise InvalidInputError(
+                f"{text!r} is no text", where="service(accelerator, env)", next_step="give names and values as str"
+            )
+    for each in models:
+        if not isinstance(each, Model):
+            raise InvalidInputError(
+                f"{each!r} is no model", where="service(model)", next_step='write `sd.Model("name")`'
+            )
