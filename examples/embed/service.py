@@ -1,0 +1,63 @@
+"""Sentence embeddings with all-MiniLM-L6-v2: texts in, vectors of length 1 out."""
+
+import os
+
+import anyio.to_thread
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+import snowdrop as sd
+
+TOKENS_MAX = 256
+"""The length that the model was trained with; longer texts are cut."""
+
+
+@sd.service(
+    image=sd.Image.from_requirements("requirements.txt"),
+    model=sd.Model("minilm"),
+    concurrency=16,
+    scale=sd.Scale(min=0, max=4, idle_s=60),
+    accelerator=["L4", "A10G", "cpu"],
+)
+class Embed:
+    @sd.startup
+    def load(self, model: sd.LoadedModel) -> None:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        config = AutoConfig.from_pretrained(model.file("config.json").parent)
+        # On the meta device nothing is allocated or initialised: the weights come from the node's memory.
+        with torch.device("meta"):
+            network = AutoModel.from_config(config)
+        model.load_into(network, strict=False)
+        make_position_buffers(network, config.max_position_embeddings)
+        left = [name for name, each in [*network.named_parameters(), *network.named_buffers()] if each.is_meta]
+        if left:
+            raise ValueError(f"the model's files lack {', '.join(left)}")
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.network = network.eval().to(self.device)
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(model.file("tokenizer.json")), pad_token="[PAD]", model_max_length=TOKENS_MAX
+        )
+        self.compute(["warm up"])
+
+    @sd.endpoint("/embed")
+    async def embed(self, texts: list[str]) -> list[list[float]]:
+        """One vector of 384 numbers per text; the dot product of two is their cosine similarity."""
+        return await anyio.to_thread.run_sync(self.compute, texts)
+
+    @torch.inference_mode()
+    def compute(self, texts: list[str]) -> list[list[float]]:
+        if not texts:
+            return []
+        batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        states = self.network(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
+        mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
+        return torch.nn.functional.normalize(mean, dim=1).tolist()
+
+
+def make_position_buffers(network: torch.nn.Module, positions: int) -> None:
+    """Buffers that no checkpoint holds, real ones instead of those on the meta device."""
+    embeddings = network.embeddings
+    embeddings.register_buffer("position_ids", torch.arange(positions).unsqueeze(0), persistent=False)
+    token_types = torch.zeros(1, positions, dtype=torch.long)
+    embeddings.register_buffer("token_type_ids", token_types, persistent=False)
