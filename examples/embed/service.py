@@ -4,7 +4,8 @@ import os
 
 import anyio.to_thread
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModel
 
 import snowdrop as sd
 
@@ -34,9 +35,9 @@ class Embed:
             raise ValueError(f"the model's files lack {', '.join(left)}")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.network = network.eval().to(self.device)
-        self.tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(model.file("tokenizer.json")), pad_token="[PAD]", model_max_length=TOKENS_MAX
-        )
+        self.tokenizer = Tokenizer.from_file(str(model.file("tokenizer.json")))
+        self.tokenizer.enable_truncation(TOKENS_MAX)
+        self.tokenizer.enable_padding()  # to the longest of a batch
         self.compute(["warm up"])
 
     @sd.endpoint("/embed")
@@ -48,9 +49,11 @@ class Embed:
     def compute(self, texts: list[str]) -> list[list[float]]:
         if not texts:
             return []
-        batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
-        states = self.network(**batch).last_hidden_state
-        mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
+        batch = self.tokenizer.encode_batch(texts)
+        tokens = torch.tensor([each.ids for each in batch], device=self.device)
+        attended = torch.tensor([each.attention_mask for each in batch], device=self.device)
+        states = self.network(input_ids=tokens, attention_mask=attended).last_hidden_state
+        mask = attended.unsqueeze(-1).to(states.dtype)
         mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
         return torch.nn.functional.normalize(mean, dim=1).tolist()
 

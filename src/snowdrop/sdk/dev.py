@@ -122,9 +122,10 @@ class _Child:
         return None if self._process is None else self._process.poll()
 
     def stop(self) -> None:
-        """Ends it in order: what is in flight is answered within STOP_S_MAX."""
+        """Ends it in order: what is in flight is answered within STOP_S_MAX. One that is starting ends at once."""
         if self._process is None:
             return
+        self._process.terminate()
         os.close(self._alive_fd)
         try:
             self._process.wait(2 * STOP_S_MAX)
@@ -274,7 +275,7 @@ class _Failed:
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # the parent orders the end; signals keep their default
+        yield  # the parent orders the end, see `_serve`
 
 
 async def _serve(app: Asgi, listener: socket.socket, parent_fd: int) -> None:
@@ -294,7 +295,13 @@ async def _serve(app: Asgi, listener: socket.socket, parent_fd: int) -> None:
             await anyio.wait_readable(parent_fd)  # nothing is ever written: readable means closed
             server.should_exit = True
 
+        async def end_when_told() -> None:
+            with anyio.open_signal_receiver(signal.SIGTERM) as received:
+                async for _ in received:
+                    server.should_exit = True
+
         group.start_soon(end_with_parent)
+        group.start_soon(end_when_told)
         await server.serve(sockets=[listener])
         group.cancel_scope.cancel()
 
