@@ -94,6 +94,18 @@ class NotFoundError(SnowdropError):
     http_status = 404
 
 
+class MethodNotAllowedError(SnowdropError):
+    kind = "method_not_allowed"
+    http_status = 405
+
+
+class TooLargeError(SnowdropError):
+    """A request's body is above its bound. `where` names the bound, as in `request_bytes_max`."""
+
+    kind = "too_large"
+    http_status = 413
+
+
 class ConflictError(SnowdropError):
     """The thing exists already, or another writer was first (a stale generation)."""
 

@@ -7,6 +7,7 @@ here, so that a request that fits the published schema is never refused, and the
 import collections.abc
 import inspect
 import re
+import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -158,11 +159,17 @@ def _check_type(annotation: object, where: str) -> None:
         msgspec.json.Decoder(typing.cast("type[object]", annotation), dec_hook=_decode_hook)
     except (TypeError, NotImplementedError) as error:
         raise InvalidInputError(
-            f"{_name_of(annotation)} can't be sent as JSON: {str(error).splitlines()[-1]}",
+            f"{_name_of(annotation)} can't be sent as JSON{_reason(error)}",
             where=where,
             next_step="use str, int, float, bool, bytes, datetime, Enum, Literal, list, dict, a dataclass, a "
             "TypedDict, a msgspec.Struct or a pydantic model",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Nothing where msgspec speaks of its own hooks, which is no help to the author of a service."""
+    text = str(error)
+    return "" if "custom type" in text else f": {text.splitlines()[-1]}"
 
 
 def endpoint_schemas(signatures: Sequence[Signature]) -> list[Schemas]:
@@ -191,7 +198,10 @@ def endpoint_schemas(signatures: Sequence[Signature]) -> list[Schemas]:
 def _with_default(schema: dict[str, Any], parameter: Parameter) -> dict[str, Any]:
     if parameter.required:
         return schema
-    default = msgspec.json.decode(encode_json(parameter.default))
+    try:
+        default = msgspec.json.decode(encode_json(parameter.default))
+    except TypeError:
+        return schema  # a default without a JSON form applies all the same, it is only not shown
     # `$ref` may have siblings in this draft (2020-12).
     return {**schema, "default": default}
 
@@ -243,7 +253,7 @@ class RequestDecoder:
         self._whole = msgspec.json.Decoder(struct, dec_hook=_decode_hook)
 
     def from_body(self, body: bytes) -> dict[str, Any]:
-        """Arguments from a JSON object; an empty body is an empty object. Raises InvalidInputError with `fields`."""
+        """Arguments from a JSON object; an empty body is an empty one. Raises InvalidInputError with `fields`."""
         try:
             request = self._whole.decode(body or b"{}")
         except msgspec.ValidationError as error:
@@ -264,12 +274,11 @@ class RequestDecoder:
             if name not in self._parameters:
                 continue
             annotation = self._parameters[name].annotation
-            many = (typing.get_origin(annotation) or annotation) in _MANY
-            raw = values if many or len(values) > 1 else values[0]
+            raw = values if _takes_many(annotation) or len(values) > 1 else values[0]
             try:
                 arguments[name] = msgspec.convert(raw, annotation, strict=False, dec_hook=_decode_hook)
             except msgspec.ValidationError as error:
-                problems.append(_located(name, str(error)))
+                problems += _problems(name, error)
         if problems:
             raise self._refusal(problems)
         return arguments
@@ -292,15 +301,15 @@ class RequestDecoder:
         try:
             given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         except msgspec.DecodeError:
-            return [_located("", str(error))]
+            return _problems("", error)
         problems = self._key_problems(given)
         for name, raw in given.items():
             if name in self._single:
                 try:
                     self._single[name].decode(raw)
                 except msgspec.DecodeError as problem:
-                    problems.append(_located(name, str(problem)))
-        return problems or [_located("", str(error))]
+                    problems += _problems(name, problem)
+        return problems or _problems("", error)
 
     def _refusal(self, problems: list[dict[str, str]]) -> InvalidInputError:
         first = problems[0]
@@ -323,13 +332,29 @@ def _problem(field: str, problem: str) -> dict[str, str]:
     return {"field": field, "problem": problem}
 
 
-def _located(name: str, message: str) -> dict[str, str]:
-    """A decoder's message, its path (`$[0].a`) put behind the parameter's name."""
+def _problems(name: str, error: msgspec.DecodeError) -> list[dict[str, str]]:
+    """A decoder's complaint, its path (`$[0].a`) put behind the parameter's name; pydantic makes several at once."""
+    message = str(error)
     match = _PLACE.search(message)
-    if match is None:
-        return _problem(name, message)
-    path = f"{name}{match['path']}"
-    return _problem(path if name else path.removeprefix("."), message[: match.start()])
+    path, text = (match["path"], message[: match.start()]) if match else ("", message)
+    nested = getattr(error.__cause__, "errors", None)
+    found = nested() if callable(nested) else [{"loc": (), "msg": text}]
+    return [_problem(_joined(f"{name}{path}", each["loc"]), str(each["msg"])) for each in found]
+
+
+def _joined(base: str, parts: Sequence[str | int]) -> str:
+    shown = base + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return shown.removeprefix(".")
+
+
+def _takes_many(annotation: object) -> bool:
+    """Whether a type is of several items: a list, an optional or annotated list, a tuple, a set."""
+    origin = typing.get_origin(annotation) or annotation
+    if origin is typing.Annotated:
+        return _takes_many(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return any(_takes_many(each) for each in typing.get_args(annotation))
+    return origin in _MANY
 
 
 def _schema_hook(kind: type) -> dict[str, Any]:
@@ -345,12 +370,8 @@ def _decode_hook(kind: type, value: object) -> object:
     validate = getattr(kind, "model_validate", None)
     if validate is None:
         raise NotImplementedError(f"{_name_of(kind)} has no JSON form")
-    try:
-        return validate(value)
-    except ValueError as error:
-        problems = error.errors() if hasattr(error, "errors") else []
-        texts = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}".removeprefix(": ") for p in problems]
-        raise ValueError("; ".join(texts) or str(error)) from error
+    result: object = validate(value)  # its ValidationError is a ValueError, to which the decoder adds the path
+    return result
 
 
 def _encode_hook(value: object) -> object:
