@@ -260,6 +260,8 @@ class RequestDecoder:
             raise self._refusal(self._body_problems(body or b"{}", error)) from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise self._refusal([_problem("", f"not JSON: {error}")]) from error
+        except RecursionError as error:
+            raise self._refusal([_problem("", "nested too deeply")]) from error
         values = ((name, getattr(request, name)) for name in self._parameters)
         return {name: value for name, value in values if value is not msgspec.UNSET}
 
@@ -333,7 +335,7 @@ def _problem(field: str, problem: str) -> dict[str, str]:
 
 
 def _problems(name: str, error: msgspec.DecodeError) -> list[dict[str, str]]:
-    """A decoder's complaint, its path (`$[0].a`) put behind the parameter's name; pydantic makes several at once."""
+    """A decoder's complaint, its path (`$[0].a`) behind the parameter's name; pydantic makes several at once."""
     message = str(error)
     match = _PLACE.search(message)
     path, text = (match["path"], message[: match.start()]) if match else ("", message)
