@@ -1,0 +1,23 @@
+"""What the runtime can serve: today a service class; any ASGI app fits behind the same port."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Protocol
+
+from snowdrop.weights.loaded import LoadedModel
+
+Scope = MutableMapping[str, Any]
+AsgiMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[AsgiMessage]]
+Send = Callable[[AsgiMessage], Awaitable[None]]
+
+
+class Servable(Protocol):
+    """`start` and `shutdown` raise what user code raises; `asgi` answers between them."""
+
+    async def asgi(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+    async def start(self, models: dict[str, LoadedModel]) -> None: ...
+
+    async def shutdown(self) -> None: ...
