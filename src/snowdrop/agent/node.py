@@ -55,6 +55,10 @@ class Node:
         """Living replicas and the last that ended."""
         return (*self._ended.values(), *(runner.report for runner in self._runners.values()))
 
+    def is_living(self, replica: str) -> bool:
+        """Whether a replica still runs on this node."""
+        return ReplicaId(replica) in self._runners
+
     def on_change(self, report: ReplicaReport) -> None:
         """Called by runners at each transition."""
         log.info("%s %s: %s", report.key.replica, report.state, report.reason)

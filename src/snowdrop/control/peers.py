@@ -6,7 +6,6 @@ A peer that connects again under its old name replaces the old connection.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 
 import anyio
@@ -79,8 +78,8 @@ class Peers:
         """
         waiting = {entry.node for entry in self._loop.world.replicas.values()}
         with anyio.move_on_after(self._settle_s_max):
-            while waiting - set(self._agents):
-                await anyio.sleep(0.01)  # noqa: ASYNC110 -- at most a few hundred looks, once in a life
+            while waiting - set(self._agents):  # noqa: ASYNC110 -- a few hundred looks, once in a life
+                await anyio.sleep(0.01)
         for node in waiting - set(self._agents):
             log.warning("node %s has not come back; its replicas count as lost", node)
             self._loop.node_gone(node)
@@ -137,8 +136,8 @@ class Peers:
             if self._agents.get(node) is send:
                 del self._agents[node]
                 with anyio.move_on_after(self._settle_s_max):
-                    while node not in self._agents:
-                        await anyio.sleep(0.05)  # noqa: ASYNC110 -- bounded wait for the agent to come back
+                    while node not in self._agents:  # noqa: ASYNC110 -- bounded wait for its return
+                        await anyio.sleep(0.05)
                 if node not in self._agents:
                     log.warning("node %s is lost", node)
                     loop.world.nodes.pop(node, None)
@@ -237,7 +236,7 @@ def _put(send: MemoryObjectSendStream[Message], message: Message) -> None:
         send.send_nowait(message)
     except anyio.WouldBlock:
         # A peer that takes nothing: cutting it off makes it say hello again and hear everything afresh.
-        log.warning("a peer does not read; its connection is closed at %s", time.time())
+        log.warning("a peer does not read; its connection is closed")
         send.close()
     except (anyio.BrokenResourceError, anyio.ClosedResourceError):
         return

@@ -128,6 +128,13 @@ class RemoteBroker:
         self._worker = worker
         self._tickets = _Tickets()
         self._send, self._outbox = anyio.create_memory_object_stream[Message](OUTBOX_MAX)
+        self._gone = anyio.Event()
+        self.connected = False
+
+    async def cancel_when_gone(self, scope: anyio.CancelScope) -> None:
+        """Cancels `scope` when the owner is gone."""
+        await self._gone.wait()
+        scope.cancel()
 
     async def run(self, stream: anyio.abc.ByteStream, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Speaks to the owner until the connection ends."""
@@ -136,11 +143,14 @@ class RemoteBroker:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._write, messages)
+                self.connected = True
                 task_status.started()
                 async for message in messages:
                     self._tickets.answer(message)
                 tasks.cancel_scope.cancel()
         finally:
+            self.connected = False
+            self._gone.set()
             self._tickets.fail_all(
                 PlatformDownError("the gateway's queue owner is gone", where="gateway", next_step="try again")
             )

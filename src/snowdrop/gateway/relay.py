@@ -52,7 +52,7 @@ class Relay:
         self._request_bytes_max = request_bytes_max
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """The handler for `/{deployment}/{path}`. Every error becomes a typed answer; cancellation passes through."""
+        """The handler for `/{deployment}/{path}`. Errors become typed answers; cancellation passes through."""
         arrived_unix_ns = time.time_ns()
         request_id = request.headers.get("x-request-id", "")[:REQUEST_ID_CHARS_MAX] or fresh_id("req")
         try:
@@ -224,7 +224,7 @@ class _Exchange:
             self._relay.broker.served(granted.receipt, caller)
 
     async def _failed(self, error: SnowdropError, cause: BaseException) -> web.StreamResponse:
-        """Before headers: the error is raised for a proper answer. After: said in the stream, or the stream cut."""
+        """Before headers: raises, for a proper answer. After: says it in the stream, or cuts the stream."""
         answer = self._answer
         if answer is None or not answer.prepared:
             raise error from cause

@@ -38,3 +38,8 @@ def _probes(state: Path) -> list[tuple[str, Action, str]]:
         ("erofs", storage.erofs, ""),
         ("accelerators", machine.accelerators, "give this user access to the device files"),
     ]
+
+
+def probe_sandbox() -> Probe:
+    """Only whether replicas can be isolated here: `snowdrop up` refuses without it."""
+    return perform("sandbox", isolation.sandbox, isolation.SANDBOX_ADVICE)

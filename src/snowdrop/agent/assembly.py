@@ -1,0 +1,114 @@
+"""Wires one node's agent from settings: launcher, data plane, journal, link, API."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from snowdrop.agent.api import build_agent_api
+from snowdrop.agent.content import DataPlaneKeeper
+from snowdrop.agent.context import NodeContext
+from snowdrop.agent.link import AgentLink
+from snowdrop.agent.node import Node
+from snowdrop.agent.sandbox.bubblewrap import BubblewrapLauncher, UidPool
+from snowdrop.agent.sandbox.detect import detect_limits
+from snowdrop.agent.sandbox.environment import Environment
+from snowdrop.agent.sandbox.launcher import Launcher
+from snowdrop.agent.sandbox.unsafe import PlainLauncher
+from snowdrop.content.settings import DataPlaneSettings
+from snowdrop.domain.deployment import NodeRecord
+from snowdrop.domain.ids import NodeId, fresh_id
+from snowdrop.domain.layout import StateLayout
+from snowdrop.domain.settings import AgentSettings, Settings
+from snowdrop.metering.journal import UsageJournal
+from snowdrop.wire.http import serving_unix
+
+MEMORY_KEPT_SHARE = 0.1
+"""Part of the machine's memory that placement leaves to everything else."""
+
+log = logging.getLogger("snowdrop.agent")
+
+
+async def run_agent(
+    layout: StateLayout,
+    settings: Settings,
+    *,
+    ready: Callable[[], None],
+    until_stopped: Callable[[anyio.CancelScope], Coroutine[Any, Any, None]],
+) -> None:
+    """Runs until stopped; then drains every replica within `agent.stop_s_max`."""
+    agent = settings.agent
+    launcher = make_launcher(agent, instance=f"{agent.node}-{os.getuid()}-{layout.root.name}")
+    _sweep_sockets(layout.sockets)
+    journal = UsageJournal(layout.journal, NodeId(agent.node))
+    node = Node(journal, usage_tick_s=agent.usage_tick_s)
+    data_plane = DataPlaneSettings(
+        origin_url=settings.content.origin_url,
+        cache_directory=str(layout.cache),
+        ram_bytes_max=settings.content.ram_bytes_max,
+        disk_bytes_max=settings.content.disk_bytes_max,
+        fetch_threads=settings.content.fetch_threads,
+    )
+    keeper = DataPlaneKeeper(data_plane, node.renew_pins)
+    context = NodeContext(
+        node=NodeId(agent.node),
+        python=Environment.current().python,
+        launcher=launcher,
+        data_plane=keeper.current,
+        sockets=layout.sockets,
+        logs=layout.replica_logs,
+        settings=agent,
+        on_change=node.on_change,
+    )
+    record = node_record(agent, launcher)
+    link = AgentLink(str(layout.link_socket), str(layout.agent_socket), record, fresh_id("inc"))
+    api = build_agent_api(layout.replica_logs, node.is_living)
+    try:
+        async with serving_unix(api, layout.agent_socket), anyio.create_task_group() as background:
+            await background.start(keeper.run)
+            node.bind(context, background)
+            background.start_soon(link.run, node, journal)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(until_stopped, tasks.cancel_scope)
+                tasks.start_soon(node.meter)
+                ready()
+            await node.stop(agent.stop_s_max)
+            await node.meter_once()
+            background.cancel_scope.cancel()
+    finally:
+        journal.close()
+
+
+def make_launcher(settings: AgentSettings, *, instance: str) -> Launcher:
+    """The launcher of this node; what a killed agent left of `instance` is removed first. Raises SandboxError."""
+    limits = detect_limits(instance)
+    swept = limits.sweep()
+    if swept:
+        log.warning("removed %d sandboxes that an earlier agent left", swept)
+    if settings.unsafe_no_sandbox:
+        log.warning("replicas run WITHOUT a sandbox: they can read and reach what this user can")
+        return PlainLauncher(limits)
+    return BubblewrapLauncher(limits, uids=UidPool(settings.uid_base))
+
+
+def node_record(settings: AgentSettings, launcher: Launcher) -> NodeRecord:
+    """What this node offers."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return NodeRecord(
+        id=settings.node,
+        instance_type=settings.instance_type,
+        memory_bytes=settings.memory_bytes or int(total * (1 - MEMORY_KEPT_SHARE)),
+        cpus=float(len(os.sched_getaffinity(0))),
+        sandbox=launcher.describe,
+    )
+
+
+def _sweep_sockets(folder: Path) -> None:
+    """Sockets of replicas that died with an earlier agent."""
+    for path in folder.glob("*.sock"):
+        path.unlink(missing_ok=True)

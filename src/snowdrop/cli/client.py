@@ -1,0 +1,95 @@
+"""A blocking client for control's API (unix socket) and for the gateway (TCP)."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+from snowdrop.domain.errors import PlatformDownError, SnowdropError, error_from_body
+from snowdrop.domain.layout import StateLayout
+from snowdrop.wire.api import TENANT_HEADER, ApiError
+
+CALL_S_MAX = 60.0
+T = TypeVar("T")
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float | None) -> None:
+        super().__init__("control", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(self.timeout)
+        try:
+            sock.connect(str(self._path))
+        except OSError:
+            sock.close()
+            raise
+        self.sock = sock
+
+
+class Client:
+    """Calls control for one tenant. Every method raises the typed error that control answers."""
+
+    def __init__(self, layout: StateLayout, tenant: str) -> None:
+        self._layout = layout
+        self._tenant = tenant
+
+    def get(self, kind: type[T], *path: str, **query: Any) -> T:
+        return self._decoded(kind, "GET", path, None, query)
+
+    def send(self, kind: type[T], method: str, *path: str, body: Any = None) -> T:
+        return self._decoded(kind, method, path, body, {})
+
+    def delete(self, *path: str) -> None:
+        response = self._request("DELETE", path, None, {}, CALL_S_MAX)
+        with response:
+            response.read()
+
+    def lines(self, *path: str, **query: Any) -> Iterator[bytes]:
+        """The lines of a streaming answer, as they come, for as long as they come."""
+        with self._request("GET", path, None, query, None) as response:
+            yield from response
+
+    def _decoded(self, kind: type[T], method: str, path: tuple[str, ...], body: Any, query: dict[str, Any]) -> T:
+        with self._request(method, path, body, query, CALL_S_MAX) as response:
+            return msgspec.json.decode(response.read(), type=kind)
+
+    def _request(
+        self, method: str, path: tuple[str, ...], body: Any, query: dict[str, Any], timeout_s: float | None
+    ) -> http.client.HTTPResponse:
+        url = "/v1/" + "/".join(quote(part, safe="") for part in path)
+        given = {key: value for key, value in query.items() if value is not None}
+        if given:
+            url += "?" + urlencode(given)
+        connection = _UnixConnection(self._layout.control_socket, timeout_s)
+        try:
+            data = None if body is None else msgspec.json.encode(body)
+            connection.request(method, url, data, {TENANT_HEADER: self._tenant})
+            response = connection.getresponse()
+        except OSError as error:
+            connection.close()
+            raise PlatformDownError(
+                "the platform is not running",
+                where=str(self._layout.root),
+                next_step="start it with `snowdrop up`, or name another state folder with --state",
+            ) from error
+        if response.status >= 400:
+            with response:
+                raise answered_error(response.read())
+        return response
+
+
+def answered_error(data: bytes) -> SnowdropError:
+    """The typed error in an answer's body."""
+    try:
+        return error_from_body(msgspec.json.decode(data, type=ApiError).error)
+    except msgspec.DecodeError:
+        return SnowdropError(data.decode(errors="replace")[:500] or "an empty answer")

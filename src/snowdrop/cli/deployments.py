@@ -1,0 +1,310 @@
+"""`deploy`, `ps`, `describe`, `scale`, `delete`, `logs`, `call`: deployments from the first to the last."""
+
+from __future__ import annotations
+
+import http.client
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import msgspec
+import typer
+from rich.text import Text
+
+from snowdrop.agent.api import ReplicaLine
+from snowdrop.cli.client import Client, answered_error
+from snowdrop.cli.output import (
+    Context,
+    console,
+    context,
+    errors,
+    human_age,
+    human_bytes,
+    human_ns,
+    reported,
+    say_json,
+    table,
+)
+from snowdrop.cli.platform import JsonFlag
+from snowdrop.content.ingest import push_code
+from snowdrop.content.origin import open_origin
+from snowdrop.domain.errors import InvalidInputError, NotFoundError, PlatformDownError
+from snowdrop.domain.ids import TenantId, parse_name
+from snowdrop.domain.replica import ReplicaReport
+from snowdrop.domain.service import Scale, ServiceSpec
+from snowdrop.sdk.environment import check_requirements
+from snowdrop.sdk.inspect import describe_service
+from snowdrop.wire.api import Deploy, Deployed, DeploymentView, Description, Info, SetScale
+
+DELETE_S_MAX = 60.0
+CALL_S_MAX = 3_600.0
+HEALTH_STYLE = {"ok": "green", "backing-off": "yellow", "crash-looping": "red", "deleting": "dim"}
+
+
+def deploy(
+    target: Annotated[str, typer.Argument(help="service.py, or service.py:Class if there are several.")],
+    name: Annotated[str | None, typer.Option(help="Name of the deployment; the class's by default.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Pack a service's code, make a revision of it, and serve it under its name."""
+    with reported():
+        ctx = context(json=json)
+        file, _, class_name = target.partition(":")
+        info = ctx.client.get(Info, "info")
+        spec = describe_service(Path(file), class_name or None)
+        _check_environment(spec)
+        chosen = parse_name(name or _dashed(spec.class_name), what="deployment name")
+        folder = Path(file).resolve().parent
+        code = push_code(folder, open_origin(info.origin_url), tenant=TenantId(ctx.tenant))
+        body = Deploy(spec=spec, code=code.artefact)
+        deployed = ctx.client.send(Deployed, "POST", "deployments", chosen, body=body)
+        if ctx.json:
+            say_json(deployed)
+            return
+        verb = "deployed" if deployed.created else "updated"
+        code_bytes = human_bytes(code.artefact.total_bytes)
+        console.print(
+            f"{verb} {chosen}: revision {deployed.revision}, {code.artefact.file_count} files, {code_bytes}"
+        )
+        for endpoint in spec.endpoints:
+            console.print(f"  {deployed.url}{endpoint.path}")
+        console.print(f"  next: snowdrop call {chosen}{_example(spec)}", style="dim")
+
+
+def ps(json: JsonFlag = False) -> None:
+    """List deployments: what they have, what they should have, and why."""
+    with reported():
+        ctx = context(json=json)
+        views = ctx.client.get(list[DeploymentView], "deployments")
+        if ctx.json:
+            say_json(views)
+            return
+        if not views:
+            console.print("no deployments yet; make one with `snowdrop deploy service.py`")
+            return
+        shown = table("deployment", "health", "#ready", "#desired", "#busy", "#queued", "scale", "why")
+        for view in views:
+            starting = f" (+{view.starting})" if view.starting else ""
+            shown.add_row(
+                view.name,
+                Text(view.health, style=HEALTH_STYLE.get(view.health, "")),
+                f"{view.ready}{starting}",
+                str(view.desired),
+                str(view.in_flight),
+                str(view.queued),
+                f"{view.scale.min}..{view.scale.max}",
+                view.why,
+            )
+        console.print(shown)
+
+
+def describe(name: str, json: JsonFlag = False) -> None:
+    """Show everything about a deployment: revision, limits, sandbox, replicas and their histories."""
+    with reported():
+        ctx = context(json=json)
+        found = ctx.client.get(Description, "deployments", name)
+        if ctx.json:
+            say_json(found)
+            return
+        _print_description(found)
+
+
+def scale(
+    name: str,
+    minimum: Annotated[int | None, typer.Option("--min", help="Replicas kept even without load.")] = None,
+    maximum: Annotated[int | None, typer.Option("--max", help="Replicas never exceeded.")] = None,
+    idle_s: Annotated[float | None, typer.Option(help="Seconds without a request before all go.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Change how far a deployment scales; also gives a crash-looping revision another chance."""
+    with reported():
+        ctx = context(json=json)
+        body = SetScale(min=minimum, max=maximum, idle_s=idle_s)
+        result = ctx.client.send(Scale, "PATCH", "deployments", name, "scale", body=body)
+        if ctx.json:
+            say_json(result)
+        else:
+            console.print(f"{name}: {result.min} to {result.max} replicas, idle after {result.idle_s:g} s")
+
+
+def delete(name: str, json: JsonFlag = False) -> None:
+    """Drain and remove a deployment. Requests in flight are finished first."""
+    with reported():
+        ctx = context(json=json)
+        ctx.client.delete("deployments", name)
+        limit_s = time.monotonic() + DELETE_S_MAX
+        gone = False
+        while not gone and time.monotonic() < limit_s:
+            gone = _is_gone(ctx.client, name)
+            time.sleep(0 if gone else 0.05)
+        if ctx.json:
+            say_json({"deleted": name, "gone": gone})
+        else:
+            console.print(
+                f"deleted {name}" if gone else f"{name} is draining; `snowdrop ps` shows when it is gone"
+            )
+
+
+def logs(
+    name: str,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines.")] = False,
+    tail: Annotated[int, typer.Option(help="Lines from the past.")] = 100,
+    replica: Annotated[str | None, typer.Option(help="Only this replica.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show what a deployment's replicas print."""
+    with reported():
+        ctx = context(json=json)
+        lines = ctx.client.lines(
+            "deployments", name, "logs", tail=tail, follow="1" if follow else "0", replica=replica
+        )
+        for raw in lines:
+            if ctx.json:
+                sys.stdout.write(raw.decode())
+                sys.stdout.flush()
+                continue
+            line = msgspec.json.decode(raw, type=ReplicaLine)
+            moment = datetime.fromtimestamp(line.unix_ms / 1000, UTC).astimezone().strftime("%H:%M:%S.%f")[:-3]
+            style = {"stderr": "yellow", "snowdrop": "dim"}.get(line.stream, "")
+            console.print(Text.assemble((f"{moment} {line.replica} ", "dim"), (line.text, style)), soft_wrap=True)
+
+
+def call(
+    target: Annotated[str, typer.Argument(help="DEPLOYMENT or DEPLOYMENT/endpoint.")],
+    body: Annotated[str, typer.Argument(help="JSON body; - reads standard input.")] = "{}",
+    key: Annotated[str | None, typer.Option(envvar="SNOWDROP_KEY", help="API key.")] = None,
+    timing: Annotated[bool, typer.Option("--timing", help="Say on stderr what the answer waited for.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Send a request through the gateway and print the answer, streamed as it comes."""
+    with reported():
+        ctx = context(json=json)
+        info = ctx.client.get(Info, "info")
+        path = _call_path(ctx, target)
+        data = sys.stdin.buffer.read() if body == "-" else body.encode()
+        _call(info.gateway_url, path, data, key, timing=timing)
+
+
+def _call(gateway_url: str, path: str, data: bytes, key: str | None, *, timing: bool) -> None:
+    headers = {"content-type": "application/json"}
+    if key:
+        headers["authorization"] = f"Bearer {key}"
+    address = urlsplit(gateway_url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=CALL_S_MAX)
+    started_ns = time.monotonic_ns()
+    try:
+        connection.request("POST", path, data, headers)
+        response = connection.getresponse()
+        first_ns = time.monotonic_ns() - started_ns
+        if response.status >= 400:
+            raise answered_error(response.read())
+        while piece := response.read1():
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+    except (OSError, http.client.HTTPException) as error:
+        raise PlatformDownError(
+            f"the connection to the gateway broke: {str(error) or type(error).__name__}",
+            where=gateway_url,
+            next_step="`snowdrop ps` shows whether the platform is up; the answer is not complete",
+        ) from error
+    finally:
+        connection.close()
+    sys.stdout.buffer.write(b"\n")
+    sys.stdout.buffer.flush()
+    if timing:
+        receipt = response.headers.get("snowdrop-receipt")
+        story = f"cold start, receipt {receipt}" if receipt else "warm"
+        errors.print(f"first byte after {human_ns(first_ns)} ({story})")
+
+
+def _call_path(ctx: Context, target: str) -> str:
+    """`name/endpoint` as given; for a bare name the deployment's only endpoint."""
+    name, slash, rest = target.partition("/")
+    if slash:
+        return f"/{name}/{rest}"
+    endpoints = ctx.client.get(Description, "deployments", name).revision.spec.endpoints
+    if len(endpoints) != 1:
+        paths = ", ".join(name + endpoint.path for endpoint in endpoints)
+        raise InvalidInputError(f"{name} has several endpoints", where=name, next_step=f"choose one: {paths}")
+    return f"/{name}{endpoints[0].path}"
+
+
+def _is_gone(client: Client, name: str) -> bool:
+    try:
+        client.get(Description, "deployments", name)
+    except NotFoundError:
+        return True
+    return False
+
+
+def _check_environment(spec: ServiceSpec) -> None:
+    """Refuses a service whose requirements the replicas' environment does not meet: images come later."""
+    missing = check_requirements(spec.image.requirements)
+    if missing:
+        raise InvalidInputError(
+            "replicas run in this environment, which lacks what the service requires",
+            where=sys.prefix,
+            next_step="pip install " + " ".join(f"'{each.requirement}'" for each in missing),
+            fields=[{"field": each.requirement, "problem": each.found or "not installed"} for each in missing],
+        )
+
+
+def _dashed(class_name: str) -> str:
+    """`ImageSearch` as `image-search`."""
+    spaced = "".join(f"-{c.lower()}" if c.isupper() else c for c in class_name.replace("_", "-"))
+    return spaced.strip("-")
+
+
+def _example(spec: ServiceSpec) -> str:
+    if not spec.endpoints:
+        return ""
+    endpoint = spec.endpoints[0]
+    path = endpoint.path if len(spec.endpoints) > 1 else ""
+    names = endpoint.input_schema.get("properties", {})
+    fields = ", ".join(f'"{name}": ...' for name in names)
+    return f"{path} '{{{fields}}}'" if fields else path
+
+
+def _print_description(found: Description) -> None:
+    view, spec = found.view, found.revision.spec
+    console.print(Text.assemble((view.name, "bold"), "  ", (view.health, HEALTH_STYLE.get(view.health, ""))))
+    rows = {
+        "url": view.url,
+        "revision": f"{view.revision} of {human_age(time.time_ns(), found.revision.created_unix_ns)} ago",
+        "entry": spec.entry,
+        "models": ", ".join(f"{m.name} ({human_bytes(m.artefact.total_bytes)})" for m in found.revision.models),
+        "scale": f"{view.scale.min} to {view.scale.max} replicas, {view.scale.target:g} of {spec.concurrency} in flight"
+        f" each, idle after {view.scale.idle_s:g} s",
+        "limits": f"{human_bytes(spec.resources.memory_bytes_max)}, {spec.resources.cpus:g} CPUs,"
+        f" {spec.resources.pids_max} processes",
+        "sandbox": found.sandbox,
+        "now": f"{view.ready} ready, {view.starting} starting, {view.draining} draining;"
+        f" {view.in_flight} in flight, {view.queued} queued",
+        "why": view.why,
+        "placement": found.placement,
+    }
+    for label, value in rows.items():
+        if value:
+            console.print(Text.assemble((f"  {label:<10}", "dim"), value))
+    for endpoint in spec.endpoints:
+        console.print(Text.assemble(("  endpoint  ", "dim"), f"{endpoint.path} ", (endpoint.doc, "dim")))
+    for title, reports in (("replicas", found.replicas), ("before", found.recent)):
+        if reports:
+            console.print(f"  {title}", style="dim")
+        for report in reports:
+            _print_replica(report)
+
+
+def _print_replica(report: ReplicaReport) -> None:
+    age = human_age(time.time_ns(), report.started_unix_ns)
+    console.print(f"    {report.key.replica}  {report.state}: {report.reason}  ({age} old)")
+    steps = [
+        f"{step.after} +{human_ns(step.unix_ns - report.started_unix_ns)}"
+        for step in report.history
+        if step.unix_ns >= report.started_unix_ns
+    ]
+    if steps:
+        console.print(f"      {' → '.join(steps)}", style="dim")

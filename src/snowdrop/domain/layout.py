@@ -1,0 +1,98 @@
+"""Where everything lies inside the state folder. The only place that knows these names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from snowdrop.domain.errors import InvalidInputError
+
+SOCKET_PATH_BYTES_MAX = 107
+"""sun_path holds 108 bytes with the closing NUL (unix(7))."""
+
+
+class StateLayout(msgspec.Struct, frozen=True):
+    """Paths below `root`, which must be absolute. Raises InvalidInputError if sockets could not be made there."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        longest = len(str(self.sockets / "rep-000000000000.sock").encode())
+        if longest > SOCKET_PATH_BYTES_MAX:
+            raise InvalidInputError(
+                f"the state folder's path is too long for unix sockets by {longest - SOCKET_PATH_BYTES_MAX} bytes",
+                where=str(self.root),
+                next_step="choose a shorter one with --state",
+            )
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def database(self) -> Path:
+        return self.root / "control.db"
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "usage.db"
+
+    @property
+    def origin(self) -> Path:
+        return self.root / "origin"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def replica_logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def process_logs(self) -> Path:
+        return self.root / "platform"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def sockets(self) -> Path:
+        """Replicas' sockets."""
+        return self.run / "r"
+
+    @property
+    def control_socket(self) -> Path:
+        """Control's HTTP API."""
+        return self.run / "control.sock"
+
+    @property
+    def link_socket(self) -> Path:
+        """Where agents and gateways meet control."""
+        return self.run / "link.sock"
+
+    @property
+    def agent_socket(self) -> Path:
+        return self.run / "agent.sock"
+
+    @property
+    def owner_socket(self) -> Path:
+        """Where gateway workers meet the owner of the queues."""
+        return self.run / "owner.sock"
+
+    @property
+    def settings(self) -> Path:
+        """The settings that the running platform was started with."""
+        return self.run / "settings.json"
+
+    @property
+    def platform(self) -> Path:
+        """Who runs: supervisor and process ids, the gateway's address."""
+        return self.run / "platform.json"
+
+    def make(self) -> None:
+        """Creates the folders, for the owner only."""
+        for folder in (self.root, self.run, self.sockets, self.replica_logs, self.process_logs):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,0 +1,222 @@
+"""The only place where things are wired together: the four kinds of process, and the command line's entry.
+
+`python -m snowdrop.main PROCESS --state DIR` runs one process of the platform; the supervisor starts them so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.abc
+import msgspec
+
+from snowdrop.domain.errors import SnowdropError
+from snowdrop.domain.layout import StateLayout
+from snowdrop.domain.settings import Settings
+
+_PR_SET_PDEATHSIG = 1
+FLUSH_S_MAX = 5.0
+
+
+def cli() -> None:
+    """Entry of the `snowdrop` command."""
+    from snowdrop.cli.app import run
+
+    run()
+
+
+def main() -> int:
+    """Entry of the platform's processes."""
+    parser = argparse.ArgumentParser(prog="snowdrop.main")
+    parser.add_argument("process", choices=["supervise", "control", "agent", "gateway", "gateway-worker"])
+    parser.add_argument("--state", required=True)
+    parser.add_argument("--ready-fd", type=int, required=True)
+    parser.add_argument("--listen-fd", type=int, default=-1)
+    parser.add_argument("--worker", default="worker-0")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # A terminal's Ctrl-C is for `up` or the supervisor, which stop the others in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if arguments.process != "supervise":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    os.set_inheritable(arguments.ready_fd, False)
+    layout = StateLayout(Path(arguments.state))
+    settings = msgspec.json.decode(layout.settings.read_bytes(), type=Settings)
+    run: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+        "supervise": lambda: _supervise(layout, settings, arguments),
+        "control": lambda: _control(layout, settings, arguments),
+        "agent": lambda: _agent(layout, settings, arguments),
+        "gateway": lambda: _gateway(layout, settings, arguments),
+        "gateway-worker": lambda: _gateway_worker(layout, settings, arguments),
+    }
+    failed: list[str] = []
+    try:
+        anyio.run(run[arguments.process], backend_options={"use_uvloop": True})
+    except* SnowdropError as group:
+        failed += [str(error) for error in _leaves(group)]
+    for line in failed:
+        print(f"{arguments.process}: {line}", file=sys.stderr, flush=True)
+    return 1 if failed else 0
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [error]
+
+
+def _say_ready(arguments: argparse.Namespace) -> None:
+    os.write(arguments.ready_fd, b"1")
+    os.close(arguments.ready_fd)
+
+
+async def _until_stopped(scope: anyio.CancelScope) -> None:
+    """Cancels `scope` at SIGTERM."""
+    with anyio.open_signal_receiver(signal.SIGTERM) as signals:
+        async for _signal in signals:
+            scope.cancel()
+
+
+async def _listen_unix(path: Path) -> anyio.abc.SocketListener:
+    path.unlink(missing_ok=True)
+    return await anyio.create_unix_listener(path, mode=0o600)
+
+
+async def _supervise(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
+    from snowdrop.engine.local import Supervisor
+
+    def command(name: str, ready_fd: int) -> list[str]:
+        base = [sys.executable, "-m", "snowdrop.main", name, "--state", str(layout.root)]
+        return [*base, "--ready-fd", str(ready_fd), "--listen-fd", str(arguments.listen_fd)]
+
+    with socket.socket(fileno=arguments.listen_fd) as listener:
+        supervisor = Supervisor(layout, settings, listener, command)
+        await supervisor.run(lambda: _say_ready(arguments))
+
+
+async def _control(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
+    from snowdrop import __version__
+    from snowdrop.control.api import Api
+    from snowdrop.control.loop import ControlLoop
+    from snowdrop.control.peers import Peers
+    from snowdrop.control.recorder import Recorder
+    from snowdrop.state.sqlite import SqliteState
+    from snowdrop.wire.api import Info
+    from snowdrop.wire.http import serving_unix
+
+    with socket.socket(fileno=arguments.listen_fd) as listener:
+        host, port = listener.getsockname()[:2]
+    info = Info(
+        version=__version__,
+        state=str(layout.root),
+        gateway_url=f"http://{host}:{port}",
+        origin_url=settings.content.origin_url,
+        sandbox="",
+        nodes=(),
+        gateways=(),
+    )
+    state = await SqliteState.open(layout.database)
+    try:
+        recorder = Recorder()
+        loop = ControlLoop(state, recorder, tick_s=settings.control.tick_s)
+        peers = Peers(loop, settle_s_max=settings.control.settle_s_max)
+        await loop.load()
+        await peers.load_keys()
+        links = await _listen_unix(layout.link_socket)
+        api = serving_unix(Api(loop, peers, info).app(), layout.control_socket)
+        async with links, api, anyio.create_task_group() as recording:
+            recording.start_soon(recorder.run)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_until_stopped, tasks.cancel_scope)
+                tasks.start_soon(peers.serve, links)
+                tasks.start_soon(loop.run)
+                _say_ready(arguments)
+            await recorder.flush(FLUSH_S_MAX)
+            recording.cancel_scope.cancel()
+    finally:
+        await state.aclose()
+
+
+async def _agent(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
+    from snowdrop.agent.assembly import run_agent
+
+    await run_agent(layout, settings, ready=lambda: _say_ready(arguments), until_stopped=_until_stopped)
+
+
+async def _gateway(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
+    from snowdrop.gateway.app import build_app, serving
+    from snowdrop.gateway.broker import LocalBroker
+    from snowdrop.gateway.connections import Connections
+    from snowdrop.gateway.link import ControlLink
+    from snowdrop.gateway.owner import Owner
+    from snowdrop.gateway.queue import QueueCore
+    from snowdrop.gateway.relay import Relay
+    from snowdrop.gateway.workers import keep_workers
+
+    gateway = settings.gateway
+    core = QueueCore(keys_required=gateway.keys_required)
+    owner = Owner(core, f"gateway-{os.getpid()}")
+    link = ControlLink(str(layout.link_socket), f"gateway-{os.getpid()}", owner)
+    async with anyio.create_task_group() as background:
+        background.start_soon(link.run)
+
+        async def run_owner() -> None:
+            await owner.run(load_report_s=gateway.load_report_s)
+
+        background.start_soon(run_owner)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_until_stopped, tasks.cancel_scope)
+            if gateway.workers > 1:
+                listener = await _listen_unix(layout.owner_socket)
+                background.start_soon(owner.serve_workers, listener)
+                await tasks.start(keep_workers, layout.root, gateway, arguments.listen_fd)
+                _say_ready(arguments)
+                await anyio.sleep_forever()
+            connections = Connections()
+            tasks.start_soon(connections.run)
+            relay = Relay(LocalBroker(owner, "worker-0"), connections, request_bytes_max=gateway.request_bytes_max)
+            app = build_app(relay, ready=lambda: core.connected)
+            with socket.socket(fileno=arguments.listen_fd) as listening:
+                async with serving(app, listening, shutdown_s_max=gateway.shutdown_s_max):
+                    _say_ready(arguments)
+                    await anyio.sleep_forever()
+        background.cancel_scope.cancel()
+
+
+async def _gateway_worker(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
+    from snowdrop.gateway.app import build_app, serving
+    from snowdrop.gateway.broker import RemoteBroker
+    from snowdrop.gateway.connections import Connections
+    from snowdrop.gateway.relay import Relay
+
+    gateway = settings.gateway
+    broker = RemoteBroker(arguments.worker)
+    connections = Connections()
+    async with anyio.create_task_group() as background:
+        stream = await anyio.connect_unix(layout.owner_socket)
+        await background.start(broker.run, stream)
+        relay = Relay(broker, connections, request_bytes_max=gateway.request_bytes_max)
+        app = build_app(relay, ready=lambda: broker.connected)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_until_stopped, tasks.cancel_scope)
+            tasks.start_soon(connections.run)
+            tasks.start_soon(broker.cancel_when_gone, tasks.cancel_scope)
+            with socket.socket(fileno=arguments.listen_fd) as listening:
+                async with serving(app, listening, shutdown_s_max=gateway.shutdown_s_max):
+                    _say_ready(arguments)
+                    await anyio.sleep_forever()
+        background.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
