@@ -1,0 +1,1 @@
+"""What runs inside the sandbox: lifecycle stages, bounded concurrency, the service's HTTP face."""

@@ -1,0 +1,118 @@
+"""The replica's end of the channel to its agent.
+
+A thread of its own reads it, not the event loop: user code may hold the loop (or there may be none yet, while it
+imports), and still the end of the agent must end the replica, and an answer must reach a thread that waits.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from snowdrop.domain.errors import ErrorBody, ProtocolError, TimedOutError, error_from_body
+from snowdrop.replica.stages import EXIT_AGENT_GONE
+from snowdrop.wire.codec import Message
+from snowdrop.wire.packet import PacketChannel
+from snowdrop.wire.replica import DirectoryReady, Drain, ToReplica, WaitForDirectory
+
+SEND_S_MAX = 10
+"""An agent that takes nothing for so long is treated as gone."""
+
+
+class _Wait(msgspec.Struct):
+    done: threading.Event
+    error: ErrorBody | None = None
+
+
+def leave_at_once() -> None:
+    """Ends the process without unwinding user code, which may be stuck."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_AGENT_GONE)
+
+
+class AgentLink:
+    """Sends from any thread; `on_gone` is called in the reading thread when the agent has closed."""
+
+    def __init__(
+        self, sock: socket.socket, channel: PacketChannel[ToReplica], on_gone: Callable[[], None] = leave_at_once
+    ) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_S_MAX, 0))
+        self._channel = channel
+        self._on_gone = on_gone
+        self._lock = threading.Lock()
+        self._waits: dict[str, _Wait] = {}
+        self._drain: Drain | None = None
+        self._on_drain: Callable[[Drain], None] | None = None
+
+    def start(self) -> None:
+        threading.Thread(target=self._read, name="agent link", daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        """Sends one message; without an agent there is nothing left to do, so failure ends the process."""
+        try:
+            with self._lock:
+                self._channel.send_blocking(message)
+        except OSError:
+            self._on_gone()
+
+    def call_on_drain(self, handler: Callable[[Drain], None]) -> None:
+        """`handler` gets every Drain, in the reading thread; at once one that came before."""
+        with self._lock:
+            self._on_drain = handler
+            early, self._drain = self._drain, None
+        if early is not None:
+            handler(early)
+
+    def wait_directory(self, model: str, s_max: float) -> None:
+        """Blocks until the model's directory is complete. Raises what the agent says, or TimedOutError."""
+        with self._lock:
+            first = model not in self._waits
+            wait = self._waits.setdefault(model, _Wait(threading.Event()))
+        if first:
+            self.send(WaitForDirectory(model=model))
+        if not wait.done.wait(s_max):
+            raise TimedOutError(
+                f"the directory of model {model!r} is not complete",
+                where=f"startup_s_max={s_max:g}",
+                next_step="raise `startup_s_max`, or read tensors and single files, which need no whole directory",
+            )
+        if wait.error is not None:
+            raise error_from_body(wait.error)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message, fds = self._channel.receive_blocking()
+                for fd in fds:
+                    os.close(fd)
+                self._handle(message)
+        except (EOFError, OSError):
+            pass
+        except ProtocolError as error:
+            print(f"agent link: {error}", file=sys.stderr)
+        self._on_gone()
+
+    def _handle(self, message: ToReplica) -> None:
+        match message:
+            case DirectoryReady():
+                with self._lock:
+                    wait = self._waits.pop(message.model, None)
+                if wait is not None:
+                    wait.error = message.error
+                    wait.done.set()
+            case Drain():
+                with self._lock:
+                    handler = self._on_drain
+                    if handler is None:
+                        self._drain = message
+                if handler is not None:
+                    handler(message)
+            case _:
+                raise ProtocolError(f"unexpected {type(message).__name__} after Boot", where="agent link")
