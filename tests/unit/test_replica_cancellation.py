@@ -4,7 +4,8 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 
 import anyio
-import anyio.to_thread
+import anyio.from_thread
+import anyio.lowlevel
 import pytest
 
 import snowdrop as sd
@@ -12,6 +13,8 @@ from replica_helpers import WAIT_S_MAX, Caller, post, started
 from snowdrop.replica.app import ServiceApp
 
 pytestmark = pytest.mark.anyio
+
+SEEN_S_MAX = 5
 
 
 async def _in_flight(app: ServiceApp) -> int:
@@ -52,9 +55,10 @@ async def test_a_sync_handler_sees_cancelled_and_keeps_its_slot_until_it_returns
         @sd.endpoint("/wait")
         def wait(self) -> str:
             anyio.from_thread.run_sync(begun.set)
-            while not sd.cancelled():
-                leave.wait(0.001)
-            anyio.from_thread.run_sync(seen.set)
+            while not sd.cancelled() and not leave.wait(0.001):
+                pass
+            if sd.cancelled():
+                anyio.from_thread.run_sync(seen.set)
             leave.wait(WAIT_S_MAX)
             return ""
 
@@ -64,10 +68,12 @@ async def test_a_sync_handler_sees_cancelled_and_keeps_its_slot_until_it_returns
             group.start_soon(caller.send, "/wait")
             await begun.wait()
             caller.leave()
-            with anyio.fail_after(WAIT_S_MAX):
-                await seen.wait()
-            assert await _in_flight(app) == 1
-            leave.set()
+            try:
+                with anyio.fail_after(SEEN_S_MAX):
+                    await seen.wait()
+                assert await _in_flight(app) == 1
+            finally:
+                leave.set()
         assert await _in_flight(app) == 0
 
 
@@ -96,19 +102,22 @@ async def test_an_async_generator_is_closed() -> None:
 
 async def test_a_sync_generator_is_closed() -> None:
     closed, proceed = threading.Event(), threading.Event()
+    kept: list[Iterator[int]] = []  # or the collector would close it
+
+    def items() -> Iterator[int]:
+        try:
+            yield 1
+            proceed.wait(WAIT_S_MAX)
+            yield 2
+        finally:
+            closed.set()
 
     @sd.service()
     class Service:
         @sd.endpoint("/stream")
         def stream(self) -> Iterator[int]:
-            try:
-                yield 1
-                proceed.wait(WAIT_S_MAX)
-                while not sd.cancelled():
-                    proceed.wait(0.001)
-                yield 2
-            finally:
-                closed.set()
+            kept.append(items())
+            return kept[0]
 
     async with started(Service) as app:
         async with anyio.create_task_group() as group:
@@ -116,6 +125,8 @@ async def test_a_sync_generator_is_closed() -> None:
             group.start_soon(caller.send, "/stream")
             await caller.chunk_seen.wait()
             caller.leave()
+            for _ in range(5):  # the watcher sees it before the step under way ends
+                await anyio.lowlevel.checkpoint()
             proceed.set()
         assert await _in_flight(app) == 0
     assert closed.is_set()
