@@ -82,7 +82,7 @@ def test_a_file_that_ends_the_process_is_told_from_one_that_hangs(tmp_path: Path
     assert "signal 9" in died.message
     assert "SystemExit" in failure(write(tmp_path, "raise SystemExit(3)\n")).message
     hangs = write(tmp_path, "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
-    with pytest.raises(TimedOutError, match="service.py"):
+    with pytest.raises(TimedOutError, match=r"service\.py"):
         describe_service(hangs, None, inspect_s_max=1.5)
     pid = int((tmp_path / "pid").read_text())
     with pytest.raises(ProcessLookupError):
