@@ -144,6 +144,7 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
             await recorder.flush(FLUSH_S_MAX)
             recording.cancel_scope.cancel()
     finally:
+        layout.link_socket.unlink(missing_ok=True)
         await state.aclose()
 
 

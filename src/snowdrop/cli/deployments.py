@@ -276,8 +276,8 @@ def _print_description(found: Description) -> None:
         "revision": f"{view.revision} of {human_age(time.time_ns(), found.revision.created_unix_ns)} ago",
         "entry": spec.entry,
         "models": ", ".join(f"{m.name} ({human_bytes(m.artefact.total_bytes)})" for m in found.revision.models),
-        "scale": f"{view.scale.min} to {view.scale.max} replicas, {view.scale.target:g} of {spec.concurrency} in flight"
-        f" each, idle after {view.scale.idle_s:g} s",
+        "scale": f"{view.scale.min} to {view.scale.max} replicas of {spec.concurrency} slots, aiming at"
+        f" {100 * view.scale.target:.0f} % taken, idle after {view.scale.idle_s:g} s",
         "limits": f"{human_bytes(spec.resources.memory_bytes_max)}, {spec.resources.cpus:g} CPUs,"
         f" {spec.resources.pids_max} processes",
         "sandbox": found.sandbox,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.text import Text
 
@@ -14,7 +15,9 @@ from snowdrop.domain.errors import NotFoundError
 from snowdrop.domain.receipt import Receipt, Span
 from snowdrop.domain.usage import UsageTotal
 
-WIDTH_MAX = 50
+BAR_MAX = 60
+LABEL_CHARS = 20
+DURATION_CHARS = 11
 STYLES = {
     "activate": "cyan",
     "mount": "blue",
@@ -79,8 +82,8 @@ def show(
             extra = {"waited_ns": receipt.waited_ns, "unaccounted_ns": receipt.unaccounted_ns}
             say_json({"receipt": receipt, "main_line": receipt.main_line(), **extra})
             return
-        for line in waterfall(receipt):
-            console.print(line)
+        for line in waterfall(receipt, width=console.width):
+            console.print(line, soft_wrap=True)
 
 
 def usage(json: JsonFlag = False) -> None:
@@ -100,45 +103,58 @@ def usage(json: JsonFlag = False) -> None:
         console.print(shown if totals else "nothing has been metered yet")
 
 
-def waterfall(receipt: Receipt) -> list[Text]:
-    """The receipt as lines: one bar a phase, details below the phase they lie in, the rest as unaccounted."""
+def waterfall(receipt: Receipt, *, width: int = 100) -> list[Text]:
+    """The receipt as lines of at most `width` characters, one bar a phase.
+
+    Details stand below the phase they lie in; what no phase covers is shown as unaccounted.
+    """
     main = receipt.main_line()
-    start_ns = min((span.start_unix_ns for span in main), default=receipt.started_unix_ns)
-    whole_ns = max(1, receipt.waited_ns)
+    scale = _Scale(
+        start_ns=min((span.start_unix_ns for span in main), default=receipt.started_unix_ns),
+        whole_ns=max(1, receipt.waited_ns),
+        chars=max(10, min(BAR_MAX, width - LABEL_CHARS - DURATION_CHARS - 3)),
+    )
     who = f"request {receipt.caller.request_id}" if receipt.caller else "nobody waiting"
     lines = [
         Text.assemble((receipt.id, "bold"), f"  {receipt.deployment} on {receipt.node}, {who}"),
-        Text(f"  outcome {receipt.outcome}; revision {receipt.revision}, replica {receipt.replica}", style="dim"),
+        Text(f"  {receipt.outcome}; {receipt.revision}, {receipt.replica}", style="dim"),
     ]
     for span in main:
-        lines.append(_bar(span, start_ns, whole_ns, detail=False))
+        lines.append(_bar(span, scale, detail=False))
         details = [d for d in receipt.spans if d.parent == span.name]
         # What was before the caller came is not on its line.
-        lines += [_bar(d, start_ns, whole_ns, detail=True) for d in details if d.start_unix_ns >= start_ns]
+        lines += [_bar(d, scale, detail=True) for d in details if d.start_unix_ns >= scale.start_ns]
     rest_ns = receipt.unaccounted_ns
-    share = 100 * rest_ns / whole_ns
-    lines.append(Text.assemble((f"  {'unaccounted':<12}", "dim"), f"{human_ns(rest_ns):>10}  ({share:.1f} %)"))
-    lines.append(Text.assemble((f"  {'waited':<12}", "bold"), (f"{human_ns(receipt.waited_ns):>10}", "bold")))
-    lines.append(Text(f"  bytes       {_tiers(receipt) or 'none'}"))
+    share = 100 * rest_ns / scale.whole_ns
+    lines.append(Text.assemble((_label("unaccounted", rest_ns), "dim"), f"  {share:.1f} %"))
+    lines.append(Text(_label("waited", receipt.waited_ns), style="bold"))
+    lines.append(Text(f"  {'bytes':<{LABEL_CHARS}} {_tiers(receipt) or 'none'}"))
     if receipt.error is not None:
-        lines.append(Text(f"  error       {receipt.error.message} [{receipt.error.where}]", style="red"))
+        lines.append(Text(f"  error: {receipt.error.message} [{receipt.error.where}]", style="red"))
     return lines
 
 
-def _bar(span: Span, start_ns: int, whole_ns: int, *, detail: bool) -> Text:
-    begin = round(WIDTH_MAX * (span.start_unix_ns - start_ns) / whole_ns)
-    length = max(1, round(WIDTH_MAX * span.duration_ns / whole_ns))
-    begin = min(max(0, begin), WIDTH_MAX - 1)
-    length = min(length, WIDTH_MAX - begin)
-    name = f"· {span.name}" if detail else span.name
-    note = f"  {span.note}" if span.note else ""
+class _Scale(msgspec.Struct, frozen=True, kw_only=True):
+    """What maps times to columns."""
+
+    start_ns: int
+    whole_ns: int
+    chars: int
+
+
+def _label(name: str, duration_ns: int) -> str:
+    return f"  {name:<{LABEL_CHARS}}{human_ns(duration_ns):>{DURATION_CHARS - 2}}"
+
+
+def _bar(span: Span, scale: _Scale, *, detail: bool) -> Text:
+    begin = round(scale.chars * (span.start_unix_ns - scale.start_ns) / scale.whole_ns)
+    begin = min(max(0, begin), scale.chars - 1)
+    length = min(max(1, round(scale.chars * span.duration_ns / scale.whole_ns)), scale.chars - begin)
+    name = f"· {span.name} {span.note}".rstrip()[:LABEL_CHARS] if detail else span.name
     style = "dim" if detail else STYLES.get(span.name, "white")
     block = ("╌" if detail else "█") * length
     return Text.assemble(
-        (f"  {name:<12}", "dim" if detail else ""),
-        f"{human_ns(span.duration_ns):>10}  ",
-        (" " * begin + block + " " * (WIDTH_MAX - begin - length), style),
-        (note, "dim"),
+        (_label(name, span.duration_ns), "dim" if detail else ""), "  " + " " * begin, (block, style)
     )
 
 

@@ -133,9 +133,10 @@ class Api:
 
     async def _describe(self, request: web.Request) -> web.Response:
         key = (_tenant(request), DeploymentName(request.match_info["name"]))
+        recent = await self._state.list_replicas(*key, ended=True, limit=RECENT_MAX)
+        # Asked after the read: the deployment may go while it waits.
         if key not in self._loop.world.deployments:
             raise unknown_deployment(key[1])
-        recent = await self._state.list_replicas(*key, ended=True, limit=RECENT_MAX)
         sandbox = next((node.record.sandbox for node in self._loop.world.nodes.values()), "")
         view = describe(self._loop.world, key, gateway_url=self._info.gateway_url, sandbox=sandbox, recent=recent)
         return _json(view)
