@@ -1,0 +1,1 @@
+"""What Snowdrop is compared with."""
