@@ -36,7 +36,7 @@ pending -> mounting -> starting -> loading -> ready -> draining -> stopped
 
 ## Transitions
 
-Instructions are carried out by the agent, in the order given. An event without a row raises `IllegalTransition` with
+The agent carries instructions out in the order given. An event without a row raises `IllegalTransition` with
 the replica's history.
 
 | state | event | next state | instructions |
