@@ -17,6 +17,8 @@ from snowdrop.domain.service import Scale
 PANIC_FACTOR = 2.0
 """Panic begins when the short window asks for this many times the capacity."""
 BUCKETS_MAX = 4_000
+ROUNDING = 1e-6
+"""An average is a sum of floats: 2.0000000001 replicas' worth of load is two, or a constant load would flap."""
 
 
 class Bucket(msgspec.Struct, frozen=True, array_like=True):
@@ -69,7 +71,8 @@ def decide(state: AutoscaleState, seen: AutoscaleInput, now_s: float) -> tuple[A
     stable = _average(state, now_s, scale.stable_window_s, scale)
     panic = _average(state, now_s, scale.panic_window_s, scale)
     per_replica = max(1.0, seen.concurrency * scale.target)
-    want_stable, want_panic = math.ceil(stable / per_replica), math.ceil(panic / per_replica)
+    want_stable = math.ceil(stable / per_replica - ROUNDING)
+    want_panic = math.ceil(panic / per_replica - ROUNDING)
     capacity = seen.ready + seen.starting
 
     desired, reason = want_stable, f"{stable:.1f} in flight or queued over {scale.stable_window_s:g} s"
