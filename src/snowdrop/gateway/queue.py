@@ -111,7 +111,7 @@ class QueueCore:
         self._keys_required = keys_required
         self._keys: dict[str, TenantId] = {}
         self._deployments: dict[DeploymentKey, _Deployment] = {}
-        self._leases: dict[int, tuple[str, _Deployment, _Replica]] = {}
+        self._leases: dict[int, tuple[str, DeploymentKey, _Replica]] = {}
         self._tickets: dict[TicketKey, _Deployment | int] = {}
         self._ticket_of_lease: dict[int, TicketKey] = {}
         self._next_lease = 1
@@ -175,11 +175,12 @@ class QueueCore:
         held = self._leases.pop(lease, None)
         if held is None:
             return []
-        _worker, deployment, replica = held
+        _worker, key, replica = held
         replica.leases.discard(lease)
         self._forget_ticket(lease)
         effects = self._idle(replica)
-        if replica.route.replica not in deployment.replicas:
+        deployment = self._deployments.get(key)
+        if deployment is None or replica.route.replica not in deployment.replicas:
             return effects
         return effects + self._serve(deployment, now)
 
@@ -257,11 +258,12 @@ class QueueCore:
             deployment = self._deployments[key] = _Deployment(route)
         deployment.route = route
         for replica_route in route.replicas:
-            known = deployment.replicas.get(replica_route.replica)
+            known = deployment.replicas.get(replica_route.replica) or self._still_leased(replica_route.replica)
             if known is None:
-                deployment.replicas[replica_route.replica] = _Replica(replica_route)
-            else:
-                known.route = replica_route
+                known = _Replica(replica_route)
+            elif known.route != replica_route:
+                known.route, known.penalty_until_s = replica_route, 0.0
+            deployment.replicas[replica_route.replica] = known
         kept = {replica_route.replica for replica_route in route.replicas}
         for gone in [name for name in deployment.replicas if name not in kept]:
             del deployment.replicas[gone]
@@ -314,7 +316,7 @@ class QueueCore:
     ) -> Effect:
         lease = self._next_lease
         self._next_lease += 1
-        self._leases[lease] = (worker, deployment, replica)
+        self._leases[lease] = (worker, (deployment.route.tenant, deployment.route.deployment), replica)
         replica.leases.add(lease)
         ticket = (worker, request.ticket)
         self._tickets[ticket] = lease
@@ -347,6 +349,10 @@ class QueueCore:
             deployment.note_drained(now.s)
             effects.append(self._grant(waiting.worker, waiting.request, deployment, replica, now))
         return effects
+
+    def _still_leased(self, replica: ReplicaId) -> _Replica | None:
+        """A replica that left the table with requests in flight: if it comes back, they still count."""
+        return next((held[2] for held in self._leases.values() if held[2].route.replica == replica), None)
 
     def _idle(self, replica: _Replica) -> list[Effect]:
         if replica.route.accepting:
