@@ -1,6 +1,5 @@
 """Small valid values of the platform's vocabulary, for tests that care about one field of them."""
 
-import itertools
 from typing import Any
 
 from snowdrop.domain.deployment import Deployment, NodeRecord, Revision
@@ -37,10 +36,15 @@ def service(**fields: Any) -> ServiceSpec:
 
 
 def revision(
-    id: str = "rev-1", *, tenant: TenantId = DEFAULT_TENANT, name: str = "embed", created: int = 1, **spec: Any
+    name_id: str = "rev-1",
+    *,
+    tenant: TenantId = DEFAULT_TENANT,
+    name: str = "embed",
+    created: int = 1,
+    **spec: Any,
 ) -> Revision:
     return Revision(
-        id=RevisionId(id),
+        id=RevisionId(name_id),
         tenant=tenant,
         deployment=DeploymentName(name),
         created_unix_ns=created,
@@ -148,8 +152,10 @@ def usage(
     )
 
 
-def node_record(id: str = "node-0", *, memory_bytes: int = 64 << 30, cpus: float = 8.0, **more: Any) -> NodeRecord:
-    return NodeRecord(id=id, instance_type="local", memory_bytes=memory_bytes, cpus=cpus, **more)
+def node_record(
+    name: str = "node-0", *, memory_bytes: int = 64 << 30, cpus: float = 8.0, **more: Any
+) -> NodeRecord:
+    return NodeRecord(id=name, instance_type="local", memory_bytes=memory_bytes, cpus=cpus, **more)
 
 
 def load(in_flight: int = 0, queued: int = 0, *, peak: int | None = None, name: str = "embed") -> DeploymentLoad:
@@ -197,6 +203,3 @@ def route(
 
 def scale(**fields: Any) -> Scale:
     return Scale(**{"max": 10, **fields})
-
-
-counter = itertools.count(1)

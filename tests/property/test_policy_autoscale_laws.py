@@ -1,5 +1,6 @@
 """Laws of the autoscaler over any history of load."""
 
+import itertools
 import math
 
 from hypothesis import given, settings
@@ -97,7 +98,7 @@ def test_from_zero_the_first_look_starts_enough_for_the_burst(scale: Scale, burs
 @given(scales(), histories, st.integers(1, 50))
 def test_panic_never_lowers_while_it_lasts(scale: Scale, history: list, concurrency: int) -> None:
     made = run(scale, history, concurrency)
-    for before, after in zip(made, made[1:], strict=False):
+    for before, after in itertools.pairwise(made):
         if before.panicking and after.panicking and after.load > 0:
             floor = min(scale.max, math.ceil(before.panic_load / max(1.0, concurrency * scale.target)))
             assert after.desired >= floor

@@ -1,5 +1,7 @@
 """The replica's table: complete, ending, and launching once."""
 
+import itertools
+
 import pytest
 
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaState
@@ -59,7 +61,7 @@ def test_the_history_says_when_and_why_and_the_version_counts_steps() -> None:
     assert machine.state is ReplicaState.READY
     assert machine.version == 5
     assert [(t.unix_ns, t.reason) for t in machine.history] == [(at, f"step {at}") for at in (1, 2, 3, 4)]
-    assert all(a.after == b.before for a, b in zip(machine.history, machine.history[1:], strict=False))
+    assert all(a.after == b.before for a, b in itertools.pairwise(machine.history))
 
 
 def test_an_order_repeated_while_draining_changes_nothing() -> None:

@@ -1,0 +1,245 @@
+"""One suite for every StateStore: the memory fake, a fresh SQLite file, and one that was written by an earlier life."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from platform_helpers import NODE, artefact, caller, deployment, receipt, replica_key, report, revision, usage
+from snowdrop.domain.deployment import ModelRecord
+from snowdrop.domain.errors import ConflictError
+from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, ModelName, ReceiptId, RevisionId, TenantId
+from snowdrop.domain.replica import ReplicaState
+from snowdrop.domain.service import Scale
+from snowdrop.domain.usage import UsageTotal
+from snowdrop.state.memory import MemoryState
+from snowdrop.state.port import KeyRecord, StateStore
+from snowdrop.state.sqlite import SqliteState
+
+pytestmark = pytest.mark.anyio
+OTHER = TenantId("other")
+NAME = DeploymentName("embed")
+
+
+@pytest.fixture(params=["memory", "sqlite", "sqlite-reopened"])
+async def state(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[StateStore]:
+    if request.param == "memory":
+        yield MemoryState()
+        return
+    if request.param == "sqlite-reopened":
+        await (await SqliteState.open(tmp_path / "s" / "control.db")).aclose()
+    store = await SqliteState.open(tmp_path / "s" / "control.db")
+    try:
+        yield store
+    finally:
+        await store.aclose()
+
+
+def model(name: str = "minilm", *, tenant: TenantId = DEFAULT_TENANT, letter: str = "a") -> ModelRecord:
+    return ModelRecord(tenant=tenant, name=ModelName(name), artefact=artefact(letter), created_unix_ns=1)
+
+
+def key(name: str = "ci", *, tenant: TenantId = DEFAULT_TENANT) -> KeyRecord:
+    return KeyRecord(tenant=tenant, name=name, key_sha256=f"{tenant}-{name}", created_unix_ns=1)
+
+
+class TestModels:
+    async def test_the_last_write_counts(self, state: StateStore) -> None:
+        await state.put_model(model(letter="a"))
+        await state.put_model(model(letter="b"))
+        assert await state.get_model(DEFAULT_TENANT, ModelName("minilm")) == model(letter="b")
+
+    async def test_listed_by_name_and_deleted_once(self, state: StateStore) -> None:
+        for name in ("c", "a", "b"):
+            await state.put_model(model(name))
+        assert [m.name for m in await state.list_models(DEFAULT_TENANT)] == ["a", "b", "c"]
+        assert await state.delete_model(DEFAULT_TENANT, ModelName("b")) is True
+        assert await state.delete_model(DEFAULT_TENANT, ModelName("b")) is False
+        assert await state.get_model(DEFAULT_TENANT, ModelName("b")) is None
+
+
+class TestRevisions:
+    async def test_a_revision_never_changes(self, state: StateStore) -> None:
+        await state.put_revision(revision())
+        await state.put_revision(revision())  # a repeat of the same is no change
+        with pytest.raises(ConflictError):
+            await state.put_revision(revision(concurrency=7))
+        assert await state.get_revision(DEFAULT_TENANT, NAME, RevisionId("rev-1")) == revision()
+        assert await state.get_revision(DEFAULT_TENANT, NAME, RevisionId("rev-9")) is None
+
+    async def test_newest_first(self, state: StateStore) -> None:
+        for number in (2, 3, 1):
+            await state.put_revision(revision(f"rev-{number}", created=number))
+        assert [r.id for r in await state.list_revisions(DEFAULT_TENANT, NAME)] == ["rev-3", "rev-2", "rev-1"]
+
+
+class TestDeployments:
+    async def test_fenced_by_generation(self, state: StateStore) -> None:
+        await state.put_deployment(deployment(generation=1), expected_generation=0)
+        with pytest.raises(ConflictError, match="exists already"):
+            await state.put_deployment(deployment(generation=1), expected_generation=0)
+        second = deployment(generation=2, scale=Scale(max=3))
+        await state.put_deployment(second, expected_generation=1)
+        with pytest.raises(ConflictError, match="changed meanwhile"):
+            await state.put_deployment(deployment(generation=2), expected_generation=1)
+        assert await state.get_deployment(DEFAULT_TENANT, NAME) == second
+
+    async def test_a_fenced_write_to_what_is_gone_is_refused(self, state: StateStore) -> None:
+        with pytest.raises(ConflictError):
+            await state.put_deployment(deployment(generation=4), expected_generation=3)
+        assert await state.get_deployment(DEFAULT_TENANT, NAME) is None
+
+    async def test_deleted_with_its_revisions_but_not_its_history(self, state: StateStore) -> None:
+        await state.put_revision(revision())
+        await state.put_deployment(deployment(), expected_generation=0)
+        await state.put_replica(report(state=ReplicaState.STOPPED))
+        await state.put_receipt(receipt())
+        await state.append_usage((usage(1),))
+        assert await state.delete_deployment(DEFAULT_TENANT, NAME) is True
+        assert await state.delete_deployment(DEFAULT_TENANT, NAME) is False
+        assert await state.list_deployments(None) == []
+        assert await state.list_revisions(DEFAULT_TENANT, NAME) == []
+        assert await state.list_receipts(DEFAULT_TENANT, NAME, limit=9) == [receipt()]
+        assert len(await state.list_replicas(DEFAULT_TENANT, NAME, ended=True, limit=9)) == 1
+        assert len(await state.usage_totals(DEFAULT_TENANT)) == 1
+
+    async def test_can_be_made_again_after_it_was_deleted(self, state: StateStore) -> None:
+        await state.put_deployment(deployment(generation=1), expected_generation=0)
+        await state.delete_deployment(DEFAULT_TENANT, NAME)
+        await state.put_deployment(deployment(generation=1), expected_generation=0)
+        assert [d.name for d in await state.list_deployments(DEFAULT_TENANT)] == [NAME]
+
+
+class TestReplicas:
+    async def test_the_higher_version_is_kept(self, state: StateStore) -> None:
+        await state.put_replica(report(version=5, state=ReplicaState.READY))
+        await state.put_replica(report(version=4, state=ReplicaState.LOADING))
+        await state.put_replica(report(version=5, state=ReplicaState.FAILED))
+        (stored,) = await state.list_replicas(None, None, ended=False, limit=9)
+        assert (stored.version, stored.state) == (5, ReplicaState.READY)
+        await state.put_replica(report(version=6, state=ReplicaState.STOPPED))
+        assert await state.list_replicas(None, None, ended=False, limit=9) == []
+        assert [r.version for r in await state.list_replicas(None, None, ended=True, limit=9)] == [6]
+
+    async def test_newest_first_with_a_limit(self, state: StateStore) -> None:
+        for number in (2, 3, 1):
+            await state.put_replica(report(f"rep-{number}", started_unix_ns=number))
+        found = await state.list_replicas(DEFAULT_TENANT, NAME, ended=True, limit=2)
+        assert [r.key.replica for r in found] == ["rep-3", "rep-2"]
+
+
+class TestReceipts:
+    async def test_the_caller_is_set_once_and_survives_a_rewrite(self, state: StateStore) -> None:
+        assert await state.set_caller(receipt().id, caller("req-1")) is False
+        await state.put_receipt(receipt())
+        assert await state.set_caller(receipt().id, caller("req-1")) is True
+        assert await state.set_caller(receipt().id, caller("req-2")) is True
+        await state.put_receipt(receipt(outcome="failed: later"))
+        stored = await state.get_receipt(DEFAULT_TENANT, receipt().id)
+        assert stored == receipt(outcome="failed: later", caller=caller("req-1"))
+
+    async def test_newest_first_of_one_deployment_or_all(self, state: StateStore) -> None:
+        await state.put_receipt(receipt("rep-1", started=1))
+        await state.put_receipt(receipt("rep-2", started=3, name="chat"))
+        await state.put_receipt(receipt("rep-3", started=2))
+        assert [r.replica for r in await state.list_receipts(DEFAULT_TENANT, None, limit=2)] == ["rep-2", "rep-3"]
+        assert [r.replica for r in await state.list_receipts(DEFAULT_TENANT, NAME, limit=9)] == ["rep-3", "rep-1"]
+        assert await state.get_receipt(DEFAULT_TENANT, ReceiptId("rcp-x")) is None
+
+
+class TestUsage:
+    async def test_a_repeat_is_counted_once(self, state: StateStore) -> None:
+        batch = (usage(1, 10), usage(2, 20))
+        await state.append_usage(batch)
+        await state.append_usage(batch)
+        await state.append_usage((usage(2, 999), usage(3, 30)))
+        (total,) = await state.usage_totals(DEFAULT_TENANT)
+        assert total == UsageTotal(deployment=NAME, unit="replica_ns", detail="", quantity=60)
+        assert await state.last_usage_sequence(NODE, "jrn-1") == 3
+
+    async def test_another_journal_counts_on_its_own(self, state: StateStore) -> None:
+        await state.append_usage((usage(1, 10, source="jrn-1"), usage(1, 10, source="jrn-2")))
+        (total,) = await state.usage_totals(DEFAULT_TENANT)
+        assert total.quantity == 20
+        assert await state.last_usage_sequence(NODE, "jrn-3") == 0
+
+    async def test_summed_by_unit_and_detail(self, state: StateStore) -> None:
+        await state.append_usage(
+            (
+                usage(1, 5),
+                usage(2, 7, unit="content_bytes", detail="origin"),
+                usage(3, 8, unit="content_bytes", detail="ram"),
+                usage(4, 1, unit="content_bytes", detail="ram"),
+            )
+        )
+        totals = await state.usage_totals(DEFAULT_TENANT)
+        assert [(t.unit, t.detail, t.quantity) for t in totals] == [
+            ("content_bytes", "origin", 7),
+            ("content_bytes", "ram", 9),
+            ("replica_ns", "", 5),
+        ]
+
+
+class TestKeys:
+    async def test_names_are_unique_within_a_tenant(self, state: StateStore) -> None:
+        await state.put_key(key())
+        await state.put_key(key(tenant=OTHER))
+        with pytest.raises(ConflictError):
+            await state.put_key(key())
+        assert await state.list_keys(DEFAULT_TENANT) == [key()]
+        assert await state.list_keys(None) == [key(), key(tenant=OTHER)]
+        assert await state.delete_key(DEFAULT_TENANT, "ci") is True
+        assert await state.delete_key(DEFAULT_TENANT, "ci") is False
+        assert await state.list_keys(None) == [key(tenant=OTHER)]
+
+
+class TestTenants:
+    async def test_never_see_each_others_rows(self, state: StateStore) -> None:
+        await state.put_model(model())
+        await state.put_revision(revision())
+        await state.put_deployment(deployment(), expected_generation=0)
+        await state.put_replica(report())
+        await state.put_receipt(receipt())
+        await state.append_usage((usage(1),))
+        await state.put_key(key())
+        assert await state.get_model(OTHER, ModelName("minilm")) is None
+        assert await state.list_models(OTHER) == []
+        assert await state.get_revision(OTHER, NAME, RevisionId("rev-1")) is None
+        assert await state.list_revisions(OTHER, NAME) == []
+        assert await state.get_deployment(OTHER, NAME) is None
+        assert await state.list_deployments(OTHER) == []
+        assert await state.list_replicas(OTHER, None, ended=True, limit=9) == []
+        assert await state.get_receipt(OTHER, receipt().id) is None
+        assert await state.list_receipts(OTHER, None, limit=9) == []
+        assert await state.usage_totals(OTHER) == []
+        assert await state.list_keys(OTHER) == []
+        assert await state.delete_model(OTHER, ModelName("minilm")) is False
+        assert await state.delete_deployment(OTHER, NAME) is False
+        assert await state.delete_key(OTHER, "ci") is False
+        assert await state.get_deployment(DEFAULT_TENANT, NAME) == deployment()
+
+    async def test_the_same_names_live_side_by_side(self, state: StateStore) -> None:
+        for tenant in (DEFAULT_TENANT, OTHER):
+            await state.put_model(model(tenant=tenant, letter="a" if tenant == OTHER else "b"))
+            await state.put_revision(revision(tenant=tenant, concurrency=3 if tenant == OTHER else 4))
+            await state.put_deployment(deployment(tenant=tenant), expected_generation=0)
+        await state.put_replica(report(replica_key("rep-1")))
+        await state.put_replica(report(replica_key("rep-2", tenant=OTHER)))
+        assert (await state.get_model(OTHER, ModelName("minilm"))) == model(tenant=OTHER, letter="a")
+        found = await state.get_revision(OTHER, NAME, RevisionId("rev-1"))
+        assert found is not None
+        assert found.spec.concurrency == 3
+        assert [d.tenant for d in await state.list_deployments(None)] == ["default", "other"]
+        living = await state.list_replicas(OTHER, NAME, ended=False, limit=9)
+        assert [r.key.replica for r in living] == ["rep-2"]
+        await state.delete_deployment(OTHER, NAME)
+        assert await state.get_revision(DEFAULT_TENANT, NAME, RevisionId("rev-1")) is not None
+
+
+async def test_values_come_back_whole(state: StateStore) -> None:
+    rich = revision(concurrency=5, scale=Scale(min=1, max=3), env={"A": "ü"}, accelerator=("L4", "cpu"))
+    await state.put_revision(rich)
+    stored = await state.get_revision(DEFAULT_TENANT, NAME, rich.id)
+    assert stored == rich
+    assert msgspec.json.encode(stored) == msgspec.json.encode(rich)
