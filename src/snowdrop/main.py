@@ -155,7 +155,7 @@ async def _agent(layout: StateLayout, settings: Settings, arguments: argparse.Na
 
 
 async def _gateway(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
-    from snowdrop.gateway.app import build_app, serving
+    from snowdrop.gateway.app import build_app, serving, spare_collector
     from snowdrop.gateway.broker import LocalBroker
     from snowdrop.gateway.connections import Connections
     from snowdrop.gateway.link import ControlLink
@@ -187,6 +187,7 @@ async def _gateway(layout: StateLayout, settings: Settings, arguments: argparse.
             tasks.start_soon(connections.run)
             relay = Relay(LocalBroker(owner, "worker-0"), connections, request_bytes_max=gateway.request_bytes_max)
             app = build_app(relay, ready=lambda: core.connected)
+            spare_collector()
             with socket.socket(fileno=arguments.listen_fd) as listening:
                 async with serving(app, listening, shutdown_s_max=gateway.shutdown_s_max):
                     _say_ready(arguments)
@@ -195,7 +196,7 @@ async def _gateway(layout: StateLayout, settings: Settings, arguments: argparse.
 
 
 async def _gateway_worker(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
-    from snowdrop.gateway.app import build_app, serving
+    from snowdrop.gateway.app import build_app, serving, spare_collector
     from snowdrop.gateway.broker import RemoteBroker
     from snowdrop.gateway.connections import Connections
     from snowdrop.gateway.relay import Relay
@@ -212,6 +213,7 @@ async def _gateway_worker(layout: StateLayout, settings: Settings, arguments: ar
             tasks.start_soon(_until_stopped, tasks.cancel_scope)
             tasks.start_soon(connections.run)
             tasks.start_soon(broker.cancel_when_gone, tasks.cancel_scope)
+            spare_collector()
             with socket.socket(fileno=arguments.listen_fd) as listening:
                 async with serving(app, listening, shutdown_s_max=gateway.shutdown_s_max):
                     _say_ready(arguments)

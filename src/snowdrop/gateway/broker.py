@@ -56,12 +56,16 @@ class _Tickets:
         self._next = 1
         self._waiting: dict[int, asyncio.Future[Granted]] = {}
 
-    def open(self) -> tuple[int, asyncio.Future[Granted]]:
+    def number(self) -> int:
         ticket = self._next
         self._next += 1
+        return ticket
+
+    def open(self, ticket: int) -> asyncio.Future[Granted]:
+        """The future of a numbered request's answer; to be closed by whoever gives it up."""
         future: asyncio.Future[Granted] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = future
-        return ticket, future
+        return future
 
     def answer(self, message: ToWorker) -> None:
         future = self._waiting.pop(message.ticket, None)
@@ -89,24 +93,39 @@ class LocalBroker:
         self._owner = owner
         self._worker = worker
         self._tickets = _Tickets()
-        owner.attach(worker, self._tickets.answer)
+        self._arriving = 0
+        self._at_once: list[ToWorker] = []
+        owner.attach(worker, self._answer)
 
     async def acquire(
         self, key_sha256: str | None, deployment: DeploymentName, *, arrived_unix_ns: int
     ) -> Granted:
-        ticket, future = self._tickets.open()
+        ticket = self._tickets.number()
         request = Acquire(
             ticket=ticket, key_sha256=key_sha256, deployment=deployment, arrived_unix_ns=arrived_unix_ns
         )
+        self._arriving = ticket
+        self._at_once.clear()
         self._owner.arrive(self._worker, request)
-        if future.done():
-            return future.result()
+        self._arriving = 0
+        if self._at_once:
+            answer = self._at_once.pop()
+            if isinstance(answer, Denied):
+                raise error_from_body(answer.error)
+            return answer
+        future = self._tickets.open(ticket)
         try:
             return await future
         except asyncio.CancelledError:
             self._tickets.close(ticket)
             self._owner.cancel(self._worker, ticket)
             raise
+
+    def _answer(self, message: ToWorker) -> None:
+        if message.ticket == self._arriving:
+            self._at_once.append(message)  # on the warm path: the slot is there before anybody waits
+        else:
+            self._tickets.answer(message)
 
     def release(self, granted: Granted) -> None:
         self._owner.release(granted.lease)
@@ -159,7 +178,8 @@ class RemoteBroker:
     async def acquire(
         self, key_sha256: str | None, deployment: DeploymentName, *, arrived_unix_ns: int
     ) -> Granted:
-        ticket, future = self._tickets.open()
+        ticket = self._tickets.number()
+        future = self._tickets.open(ticket)
         request = Acquire(
             ticket=ticket, key_sha256=key_sha256, deployment=deployment, arrived_unix_ns=arrived_unix_ns
         )

@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from random import Random
 
 import aiohttp
 import msgspec
 from aiohttp import hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
 
 from snowdrop.domain.errors import InvalidInputError, ReplicaDiedError, SnowdropError, TimedOutError
-from snowdrop.domain.ids import DeploymentName, fresh_id
+from snowdrop.domain.ids import DeploymentName
 from snowdrop.domain.receipt import CallerTimes, Span, join_caller
 from snowdrop.gateway.broker import Broker
 from snowdrop.gateway.connections import Connections
@@ -40,6 +42,10 @@ HOP_BY_HOP = frozenset(
 DROPPED_UP = HOP_BY_HOP | {"authorization", "host", "content-length", "expect"}
 DROPPED_DOWN = HOP_BY_HOP | {"content-length", "date", "server"}
 
+# A connection that took too long to make is a TimeoutError as well, so this is to be caught before that.
+UNCONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+
+_labels = Random()  # noqa: S311 -- seeded from the system's randomness; makes labels, not secrets
 _encode = msgspec.json.Encoder().encode
 
 
@@ -54,7 +60,7 @@ class Relay:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """The handler for `/{deployment}/{path}`. Errors become typed answers; cancellation passes through."""
         arrived_unix_ns = time.time_ns()
-        request_id = request.headers.get("x-request-id", "")[:REQUEST_ID_CHARS_MAX] or fresh_id("req")
+        request_id = request.headers.get("x-request-id", "")[:REQUEST_ID_CHARS_MAX] or fresh_request_id()
         try:
             body = await self._body(request)
             return await self._relay(request, body, request_id, arrived_unix_ns)
@@ -85,7 +91,7 @@ class Relay:
             exchange = _Exchange(self, request, granted, request_id, arrived_unix_ns)
             try:
                 return await exchange.run(body)
-            except aiohttp.ClientConnectorError as error:
+            except UNCONNECTED as error:
                 # No connection, so the replica has seen nothing of it: another one may be asked.
                 exchange.hand_back_unreachable(str(error))
             finally:
@@ -131,24 +137,23 @@ class _Exchange:
         self._relay.broker.unreachable(self._granted, message)
 
     async def run(self, body: bytes | None) -> web.StreamResponse:
-        """Relays; raises ClientConnectorError if no connection was made, a typed error before headers went out."""
+        """Relays; raises one of UNCONNECTED if no connection was made, a typed error before headers went out."""
         bound_s = self._granted.request_s_max
         session = self._relay.connections.session(self._granted.socket_path)
-        path = self._request.match_info["path"]
-        query = self._request.rel_url.raw_query_string
-        url = f"http://replica/{path}?{query}" if query else f"http://replica/{path}"
         try:
             async with (
                 asyncio.timeout(bound_s),
                 session.request(
                     self._request.method,
-                    url,
+                    upstream_url(self._request.rel_url),
                     headers=self._headers_up(),
                     data=self._upload() if body is None else body,
                     allow_redirects=False,
                 ) as response,
             ):
                 return await self._download(response)
+        except UNCONNECTED:
+            raise
         except TimeoutError as error:
             return await self._failed(
                 TimedOutError(
@@ -158,8 +163,6 @@ class _Exchange:
                 ),
                 error,
             )
-        except aiohttp.ClientConnectorError:
-            raise
         except aiohttp.ClientError as error:
             died = ReplicaDiedError(
                 "the replica died while it worked on this request, which is therefore not sent again",
@@ -236,6 +239,19 @@ class _Exchange:
             # A chunked or sized body that ends early must not look complete.
             self._request.transport.abort()
         return answer
+
+
+def fresh_request_id() -> str:
+    """A label for logs, of the form of `fresh_id`, but not worth a system call: nothing is protected by it."""
+    return f"req-{_labels.getrandbits(48):012x}"
+
+
+def upstream_url(relative: URL) -> URL:
+    """What the replica is asked for: path after the deployment and query, as the client wrote them."""
+    raw = relative.raw_path
+    path = raw[raw.find("/", 1) :]
+    query = relative.raw_query_string
+    return URL(f"http://replica{path}?{query}" if query else f"http://replica{path}", encoded=True)
 
 
 def server_timing(spans: tuple[Span, ...]) -> str:
