@@ -29,7 +29,7 @@ from snowdrop.wire.slots import (
     ToWorker,
     WorkerHello,
 )
-from snowdrop.wire.stream import MessageStream
+from snowdrop.wire.stream import MessageStream, write_from
 
 OUTBOX_MAX = 100_000
 """Messages a worker may have waiting for its owner; more than all requests it can hold at once."""
@@ -161,7 +161,7 @@ class RemoteBroker:
         await messages.send(WorkerHello(version=PROTOCOL_VERSION, worker=self._worker))
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._write, messages)
+                tasks.start_soon(write_from, self._outbox, messages)
                 self.connected = True
                 task_status.started()
                 async for message in messages:
@@ -199,10 +199,3 @@ class RemoteBroker:
 
     def served(self, receipt: ReceiptId, caller: CallerTimes) -> None:
         self._send.send_nowait(ReportServed(receipt=receipt, caller=caller))
-
-    async def _write(self, messages: MessageStream[ToWorker]) -> None:
-        async for message in self._outbox:
-            try:
-                await messages.send(message)
-            except anyio.BrokenResourceError:
-                return

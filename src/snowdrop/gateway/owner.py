@@ -12,7 +12,6 @@ from typing import Protocol
 
 import anyio
 import anyio.abc
-from anyio.streams.memory import MemoryObjectReceiveStream
 
 from snowdrop.domain.errors import ProtocolError
 from snowdrop.domain.ids import ReceiptId
@@ -41,7 +40,7 @@ from snowdrop.wire.slots import (
     ToWorker,
     WorkerHello,
 )
-from snowdrop.wire.stream import MessageStream
+from snowdrop.wire.stream import MessageStream, write_from
 
 CALLERS_MAX = 10_000
 """Receipts whose caller control has not confirmed; beyond it the oldest are given up."""
@@ -121,7 +120,7 @@ class Owner:
         self.attach(hello.worker, send.send_nowait)
         try:
             async with anyio.create_task_group() as tasks, aclosing(messages):
-                tasks.start_soon(_write_to_worker, messages, outbox)
+                tasks.start_soon(write_from, outbox, messages)
                 async for message in messages:
                     self._handle(hello.worker, message)
                 tasks.cancel_scope.cancel()
@@ -207,16 +206,6 @@ class Owner:
     def _say(self, message: Message) -> None:
         if self._uplink is not None:
             self._uplink.send_soon(message)
-
-
-async def _write_to_worker(
-    messages: MessageStream[FromWorker], outbox: MemoryObjectReceiveStream[ToWorker]
-) -> None:
-    async for message in outbox:
-        try:
-            await messages.send(message)
-        except anyio.BrokenResourceError:
-            return
 
 
 def _now() -> Now:
