@@ -72,6 +72,7 @@ class Results:
     def __init__(self, metrics: Sequence[Metric]) -> None:
         self.metrics = tuple(metrics)
         self.rounds: dict[str, list[Round]] = {}
+        self.notes: dict[str, str] = {}
 
     def values(self, contestant: str, metric: str) -> list[float]:
         """One value a round, in the order of rounds."""
@@ -148,13 +149,17 @@ def parser(description: str | None, *, rounds: int = 5, warmups: int = 1) -> arg
 
 
 def options(made: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> Options:
+    """The parsed arguments. A file that could not be written is refused now, not after the measurement."""
     own = made.parse_args(arguments)
+    if own.json is not None and not own.json.absolute().parent.is_dir():
+        made.error(f"--json: there is no folder {own.json.absolute().parent}")
     return Options(rounds=own.rounds, warmups=own.warmups, json=own.json, own=own)
 
 
 def measure(contestants: Sequence[Contestant], metrics: Sequence[Metric], chosen: Options) -> Results:
     """Runs all rounds, interleaved, saying on stderr how far it is."""
     results = Results(metrics)
+    results.notes = {contestant.name: contestant.note for contestant in contestants}
     for number in range(-chosen.warmups, chosen.rounds):
         shift = number % len(contestants)
         for contestant in [*contestants[shift:], *contestants[:shift]]:
@@ -173,7 +178,6 @@ def publish(
     chosen: Options,
     *,
     baseline: str,
-    notes: Mapping[str, str] | None = None,
     missing: Mapping[str, str] | None = None,
 ) -> Report:
     """Prints the table and the bars, writes the JSON file. Never fails because a bar is short."""
@@ -191,7 +195,7 @@ def publish(
     )
     # A pipe has no width of its own; the table must not be folded there.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    console.print(_table(benchmark, results, baseline, notes or {}))
+    console.print(_table(benchmark, results, baseline))
     for name, reason in missing.items():
         console.print(f"not measured: {name}: {reason}")
     for bar in bars:
@@ -248,14 +252,14 @@ def _summaries(results: Results, baseline: str) -> tuple[Summary, ...]:
     return tuple(made)
 
 
-def _table(benchmark: str, results: Results, baseline: str, notes: Mapping[str, str]) -> Table:
+def _table(benchmark: str, results: Results, baseline: str) -> Table:
     rounds = max((len(taken) for taken in results.rounds.values()), default=0)
     title = f"{benchmark}: medians of {rounds} interleaved rounds; in brackets the ratio to {baseline}"
     made = Table(box=None, header_style="bold", pad_edge=False, title=title, title_justify="left")
     made.add_column("contestant")
     for metric in results.metrics:
         made.add_column(metric.name, justify="right")
-    if any(notes.values()):
+    if any(results.notes.values()):
         made.add_column("what it is", style="dim")
     for contestant in results.rounds:
         cells = [contestant]
@@ -264,8 +268,8 @@ def _table(benchmark: str, results: Results, baseline: str, notes: Mapping[str, 
             ratio = results.ratio(contestant, baseline, metric.name)
             text = "-" if median is None else f"{median:,.{metric.digits}f}"
             cells.append(text if ratio is None else f"{text} ({ratio:.2f})")
-        if any(notes.values()):
-            cells.append(notes.get(contestant, ""))
+        if any(results.notes.values()):
+            cells.append(results.notes.get(contestant, ""))
         made.add_row(*cells)
     return made
 
