@@ -45,17 +45,21 @@ class Embed:
         """One vector of 384 numbers per text; the dot product of two is their cosine similarity."""
         return await anyio.to_thread.run_sync(self.compute, texts)
 
-    @torch.inference_mode()
     def compute(self, texts: list[str]) -> list[list[float]]:
         if not texts:
             return []
+        with torch.inference_mode():
+            return self.vectors(texts)
+
+    def vectors(self, texts: list[str]) -> list[list[float]]:
         batch = self.tokenizer.encode_batch(texts)
         tokens = torch.tensor([each.ids for each in batch], device=self.device)
         attended = torch.tensor([each.attention_mask for each in batch], device=self.device)
         states = self.network(input_ids=tokens, attention_mask=attended).last_hidden_state
         mask = attended.unsqueeze(-1).to(states.dtype)
         mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
-        return torch.nn.functional.normalize(mean, dim=1).tolist()
+        vectors: list[list[float]] = torch.nn.functional.normalize(mean, dim=1).tolist()
+        return vectors
 
 
 def make_position_buffers(network: torch.nn.Module, positions: int) -> None:

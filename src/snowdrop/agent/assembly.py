@@ -15,7 +15,7 @@ from snowdrop.agent.content import DataPlaneKeeper
 from snowdrop.agent.context import NodeContext
 from snowdrop.agent.link import AgentLink
 from snowdrop.agent.node import Node
-from snowdrop.agent.sandbox.bubblewrap import BubblewrapLauncher, UidPool
+from snowdrop.agent.sandbox.bubblewrap import BubblewrapLauncher, UidPool, find_bwrap
 from snowdrop.agent.sandbox.detect import detect_limits
 from snowdrop.agent.sandbox.environment import Environment
 from snowdrop.agent.sandbox.launcher import Launcher
@@ -93,7 +93,7 @@ def make_launcher(settings: AgentSettings, *, instance: str) -> Launcher:
     if settings.unsafe_no_sandbox:
         log.warning("replicas run WITHOUT a sandbox: they can read and reach what this user can")
         return PlainLauncher(limits)
-    return BubblewrapLauncher(limits, uids=UidPool(settings.uid_base))
+    return BubblewrapLauncher(limits, bwrap=find_bwrap(settings.bwrap), uids=UidPool(settings.uid_base))
 
 
 def node_record(settings: AgentSettings, launcher: Launcher) -> NodeRecord:

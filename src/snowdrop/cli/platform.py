@@ -101,7 +101,7 @@ def doctor(json: JsonFlag = False) -> None:
         ctx = context(json=json)
         ctx.layout.make()
         probes: list[Probe] = []
-        for probe in run_all(ctx.layout.root):
+        for probe in run_all(ctx.layout.root, ctx.resolved.settings.agent.bwrap):
             probes.append(probe)
             if not ctx.json:
                 _print_probe(probe)
@@ -124,7 +124,7 @@ def _start(ctx: Context) -> None:
     settings = ctx.resolved.settings
     ctx.layout.make()
     if not settings.agent.unsafe_no_sandbox:
-        _require_sandbox()
+        _require_sandbox(settings.agent.bwrap)
     ctx.layout.settings.write_bytes(msgspec.json.encode(settings))
     reader, writer = os.pipe()
     log_path = ctx.layout.process_logs / "supervisor.log"
@@ -151,9 +151,9 @@ def _start(ctx: Context) -> None:
         )
 
 
-def _require_sandbox() -> None:
+def _require_sandbox(bwrap: str) -> None:
     """Refuses to start where replicas could not be isolated, unless told to go without."""
-    probe = probe_sandbox()
+    probe = probe_sandbox(bwrap)
     if not probe.ok:
         raise SandboxError(
             f"no sandbox can be made here: {probe.missing}",

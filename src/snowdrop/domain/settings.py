@@ -29,7 +29,10 @@ class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The node. Memory for replicas is what placement may promise; 0 means all but a tenth of the machine's."""
+    """The node. Memory for replicas is what placement may promise; 0 means all but a tenth of the machine's.
+
+    `bwrap` is the path of bubblewrap; empty means the one that is installed with Snowdrop.
+    """
 
     node: str = "node-0"
     instance_type: str = "local"
@@ -38,6 +41,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     content_s_max: float = 3_600.0
     log_bytes_max: int = 8 << 20
     unsafe_no_sandbox: bool = False
+    bwrap: str = ""
     uid_base: int = 700_000
     stop_s_max: float = 10.0
 

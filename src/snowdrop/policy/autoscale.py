@@ -67,6 +67,9 @@ def decide(state: AutoscaleState, seen: AutoscaleInput, now_s: float) -> tuple[A
     """One decision. `now_s` is monotonic; calls must not go back in time."""
     load = seen.in_flight + seen.queued
     scale = seen.scale
+    if state.sampled_s is None and seen.ready + seen.starting > 0:
+        # Replicas without a history: control was restarted. What they served before counts as just now.
+        state = msgspec.structs.replace(state, busy_s=now_s)
     state = _sample(state, float(max(load, seen.peak)), float(load), now_s, scale)
     stable = _average(state, now_s, scale.stable_window_s, scale)
     panic = _average(state, now_s, scale.panic_window_s, scale)

@@ -8,7 +8,7 @@ import anyio
 import msgspec
 
 from snowdrop.agent.probe.base import PROBE_S_MAX, ProbeFailed, run_trial
-from snowdrop.agent.sandbox.bubblewrap import BubblewrapLauncher
+from snowdrop.agent.sandbox.bubblewrap import BubblewrapLauncher, find_bwrap
 from snowdrop.agent.sandbox.cgroups import CgroupBackend, settings_for
 from snowdrop.agent.sandbox.detect import find_trees
 from snowdrop.agent.sandbox.environment import Environment
@@ -60,9 +60,9 @@ class _Seen(msgspec.Struct):
     reached: bool
 
 
-def sandbox() -> str:
+def sandbox(bwrap: str = "") -> str:
     """Starts one and looks around in it."""
-    text, describe = anyio.run(_run_inside, _LOOK)
+    text, describe = anyio.run(_run_inside, _LOOK, bwrap)
     try:
         seen = msgspec.json.decode(text, type=_Seen)
     except msgspec.DecodeError as error:
@@ -74,9 +74,9 @@ def sandbox() -> str:
     return f"started one: no capabilities, uid {seen.uid}, no network; {describe.partition(';')[0]}"
 
 
-def seccomp() -> str:
+def seccomp(bwrap: str = "") -> str:
     """Attempts forbidden calls inside a sandbox."""
-    text, _ = anyio.run(_run_inside, _FORBIDDEN)
+    text, _ = anyio.run(_run_inside, _FORBIDDEN, bwrap)
     refused = text.strip()
     if refused != _FORBIDDEN_CALLS:
         raise ProbeFailed(f"of {_FORBIDDEN_CALLS} refused: {refused[-300:] or 'none'}", SANDBOX_ADVICE)
@@ -115,10 +115,11 @@ def _fallback(which: Resource) -> str:
     return RlimitBackend(falls_here=frozenset({which})).describe
 
 
-async def _run_inside(code: str) -> tuple[str, str]:
+async def _run_inside(code: str, bwrap: str) -> tuple[str, str]:
     """What `code` prints in a sandbox of the kind that replicas get, and the sandbox's description."""
     environment = Environment.current()
-    launcher = BubblewrapLauncher(RlimitBackend(falls_here=frozenset()), environment=environment)
+    limits = RlimitBackend(falls_here=frozenset())
+    launcher = BubblewrapLauncher(limits, environment=environment, bwrap=find_bwrap(bwrap))
     reader, writer = os.pipe()
     spec = LaunchSpec(
         replica=ReplicaId("probe"),

