@@ -3,7 +3,7 @@
 import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from platform_helpers import KEY, NAME, replica_route, route
 from snowdrop.domain.errors import RevisionFailedError
@@ -85,7 +85,15 @@ class Queue(RuleBasedStateMachine):
 
     # --- requests ---------------------------------------------------------------------------------------------
 
-    @rule(worker=st.sampled_from(WORKERS))
+    @initialize(concurrency=st.integers(1, 3))
+    def first_table(self, concurrency: int) -> None:
+        self.routes({"rep-1": True, "rep-2": True}, concurrency, refused=False, whole=True)
+
+    @rule(worker=st.sampled_from(WORKERS), count=st.integers(1, 5))
+    def burst(self, worker: str, count: int) -> None:
+        for _ in range(count):
+            self.arrive(worker)
+
     def arrive(self, worker: str) -> None:
         self.tickets += 1
         self.arriving = ticket = (worker, self.tickets)
@@ -102,9 +110,10 @@ class Queue(RuleBasedStateMachine):
         assert waiting < LENGTH_MAX
         self.open[ticket] = self.now_s + WAIT_S_MAX
 
-    @precondition(lambda self: self.open or self.leases)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
+        if not (self.open or self.leases):
+            return
         known = [*self.open, *((worker, ticket) for worker, ticket, _ in self.leases.values())]
         ticket = data.draw(st.sampled_from(known))
         self.open.pop(ticket, None)
@@ -117,18 +126,20 @@ class Queue(RuleBasedStateMachine):
     def cancel_what_is_unknown(self, ticket: int) -> None:
         assert self.core.cancel("w-0", ticket, self.now) == []
 
-    @precondition(lambda self: self.leases)
     @rule(data=st.data(), twice=st.booleans())
     def release(self, data: st.DataObject, twice: bool) -> None:
+        if not self.leases:
+            return
         lease = data.draw(st.sampled_from(sorted(self.leases)))
         del self.leases[lease]
         self.take(self.core.release(lease, self.now))
         if twice:
             assert self.core.release(lease, self.now) == []
 
-    @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def unreachable(self, data: st.DataObject) -> None:
+        if not self.leases:
+            return
         lease = data.draw(st.sampled_from(sorted(self.leases)))
         replica = self.leases.pop(lease)[2]
         named, effects = self.core.unreachable(lease, self.now)
@@ -161,12 +172,19 @@ class Queue(RuleBasedStateMachine):
     # --- the table --------------------------------------------------------------------------------------------
 
     @rule(
-        accepting=st.dictionaries(st.sampled_from(REPLICAS), st.booleans()),
+        states=st.tuples(
+            *[st.sampled_from(["accepting", "accepting", "draining", "absent", "absent"])] * len(REPLICAS)
+        ),
         concurrency=st.integers(1, 3),
-        refused=st.sampled_from([False, False, False, True]),
+        refused=st.integers(0, 7).map(lambda drawn: drawn == 7),
         whole=st.booleans(),
     )
-    def routes(self, accepting: dict[str, bool], concurrency: int, refused: bool, whole: bool) -> None:
+    def new_table(self, states: tuple[str, ...], concurrency: int, refused: bool, whole: bool) -> None:
+        listed = {n: s == "accepting" for n, s in zip(REPLICAS, states, strict=True) if s != "absent"}
+        self.routes(listed, concurrency, refused=refused, whole=whole)
+
+    def routes(self, accepting: dict[str, bool], concurrency: int, *, refused: bool, whole: bool) -> None:
+        listed = {each.replica for each in self.table.replicas} if self.table is not None else set()
         if self.table is not None and self.leases:
             concurrency = self.table.concurrency  # it is the revision's: it does not shrink under its leases
         self.table = route(
@@ -176,7 +194,9 @@ class Queue(RuleBasedStateMachine):
         )
         self.table = msgspec.structs.replace(self.table, concurrency=concurrency)
         before = set(self.open)
-        self.idle_said = {} if whole else {n: c for n, c in self.idle_said.items() if accepting.get(n) is False}
+        # One that was out of the table, or is told of by a control that was restarted, may be called idle again.
+        kept = {} if whole else {name: count for name, count in self.idle_said.items() if name in listed}
+        self.idle_said = {name: count for name, count in kept.items() if accepting.get(name) is False}
         if whole:
             self.take(self.core.set_routes([self.table], [], self.now))
         else:
@@ -185,8 +205,10 @@ class Queue(RuleBasedStateMachine):
             assert not self.open, "someone still waits for what will not come"
             assert before <= self.answered
 
-    @rule(whole=st.booleans())
-    def removed(self, whole: bool) -> None:
+    @rule(whole=st.booleans(), really=st.integers(0, 5))
+    def removed(self, whole: bool, really: int) -> None:
+        if really < 5:
+            return
         self.table = None
         self.idle_said = {}
         self.take(self.core.set_routes([], [], self.now) if whole else self.core.change_route(KEY, None, self.now))
@@ -247,5 +269,5 @@ class Queue(RuleBasedStateMachine):
         assert not self.core._ticket_of_lease
 
 
-Queue.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+Queue.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestQueue = Queue.TestCase
