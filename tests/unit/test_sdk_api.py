@@ -69,6 +69,32 @@ def test_several_models_go_to_the_parameters_they_name() -> None:
     assert {model.name: model.param for model in spec_on(Two).models} == {"a": "encoder", "b": "ranker"}
 
 
+def test_models_can_be_given_by_parameter() -> None:
+    @sd.service(models={"encoder": sd.Model("a"), "ranker": sd.Model("b")})
+    class Two:
+        @sd.startup
+        def load(self, ranker: object, encoder: object) -> None: ...
+
+        @sd.endpoint("/x")
+        def x(self) -> int: ...
+
+    assert {model.name: model.param for model in spec_on(Two).models} == {"a": "encoder", "b": "ranker"}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"model": sd.Model("a"), "models": {"b": sd.Model("b")}}, "both"),
+        ({"models": [sd.Model("a")]}, "models"),
+        ({"models": {"a": "b"}}, "'b'"),
+    ],
+)
+def test_models_given_wrongly_are_told_how(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidInputError, match=told) as caught:
+        sd.service(**given)
+    assert "sd.Model(" in caught.value.next_step
+
+
 def test_endpoints_of_a_base_class_are_served_unless_overridden() -> None:
     class Base:
         @sd.endpoint("/a")
@@ -159,7 +185,7 @@ def unannotated() -> type:
         (no_endpoint, "Empty", "@sd.endpoint"),
         (duplicate_path, "Bad.", "its own path"),
         (two_startups, "Bad.two", "one from the other"),
-        (startup_without_model, "Bad.load(model)", 'param="model"'),
+        (startup_without_model, "Bad.load(model)", 'models={"model": '),
         (shutdown_with_parameter, "Bad.close", "`self` alone"),
         (static_endpoint, "Bad.x", "with `self`"),
         (constructor_argument, "Bad.__init__(size)", "a default"),

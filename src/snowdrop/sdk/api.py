@@ -52,6 +52,7 @@ def service(
     *,
     image: Image | None = None,
     model: Model | Sequence[Model] | None = None,
+    models: Mapping[str, Model] | None = None,
     concurrency: int | None = None,
     scale: Scale | None = None,
     accelerator: str | Sequence[str] | None = None,
@@ -64,14 +65,11 @@ def service(
 ) -> Callable[[C], C]:
     """Makes a class a service.
 
-    `model` is one model, or several that each name their startup parameter (`Model("a", param="encoder")`).
-    `concurrency` is the hard limit
+    `model` is one model, or several that each name their startup parameter (`Model("a", param="encoder")`);
+    `models` gives them by startup parameter instead (`{"encoder": Model("a")}`). `concurrency` is the hard limit
     of requests in one replica at a time; `accelerator` a list in order of preference. `startup_s_max`,
     `import_s_max` and `drain_s_max` bound these stages, in seconds. Raises InvalidInputError naming what is wrong.
     """
-    given: tuple[Any, ...] = ()
-    if model is not None:
-        given = tuple(model) if isinstance(model, list | tuple) else (model,)
     options: dict[str, Any] = {
         "image": image,
         "concurrency": concurrency,
@@ -84,6 +82,7 @@ def service(
         "drain_s_max": drain_s_max,
         "env": None if env is None else dict(env),
     }
+    given = _given_models(model, models)
     _check_types(options, given)
     chosen = {name: value for name, value in options.items() if value is not None}
 
@@ -142,6 +141,23 @@ def _mark(function: F, mark: Mark) -> F:
 def _is_method(value: object) -> bool:
     # staticmethod and classmethod objects get their own refusal, which knows the class.
     return callable(value) or hasattr(value, "__func__")
+
+
+def _given_models(model: object, models: object) -> tuple[Any, ...]:
+    """The models in order, named by the keys of `models`; whether they are models is not known yet."""
+    if models is None:
+        if model is None:
+            return ()
+        return tuple(model) if isinstance(model, list | tuple) else (model,)
+    if model is not None or not isinstance(models, Mapping):
+        raise InvalidInputError(
+            "`model` and `models` are both given" if model is not None else f"`models` is {models!r}",
+            where="service(models)",
+            next_step='give `models={"encoder": sd.Model("a"), ...}` alone, or `model`',
+        )
+    return tuple(
+        Model(each.name, param=param) if isinstance(each, Model) else each for param, each in models.items()
+    )
 
 
 _WANTED: dict[str, tuple[type | tuple[type, ...], str]] = {

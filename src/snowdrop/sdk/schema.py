@@ -182,7 +182,7 @@ def _distinct(cls: type, models: Sequence[Model]) -> tuple[Model, ...]:
             raise InvalidInputError(
                 f"several models of {cls.__name__} go to the startup parameter `{model.param}`",
                 where=f"{cls.__name__}: {model.name}",
-                next_step='name one each, as in `model=[sd.Model("a", param="encoder"), ...]`',
+                next_step='name one each, as in `models={"encoder": sd.Model("a"), "ranker": sd.Model("b")}`',
             )
     return tuple(models)
 
@@ -210,7 +210,7 @@ def _bind_models(cls: type, models: tuple[Model, ...], startup: Method | None) -
             raise InvalidInputError(
                 f"{where} has the parameter `{parameter.name}`, but the service has no model of that name",
                 where=f"{where}({parameter.name})",
-                next_step=f'add `model=sd.Model("...", param="{parameter.name}")` to `@sd.service`, or drop it',
+                next_step=f'add `models={{"{parameter.name}": sd.Model("...")}}` to `@sd.service`, or drop it',
             )
     taken = {parameter.name for parameter in parameters}
     for model in models:
