@@ -200,3 +200,59 @@ class Service:
             assert response.status == 200
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.read()
+
+
+async def test_what_outlasts_a_drain_is_told_so_and_its_caller_too(tmp_path: Path) -> None:
+    code = """
+import asyncio, pathlib, threading
+from collections.abc import AsyncIterator
+import snowdrop as sd
+
+class Service:
+    def __init__(self):
+        self.told = threading.Event()
+
+    def hold(self) -> str:
+        pathlib.Path("held").touch()
+        while not sd.cancelled():
+            self.told.wait(0.01)
+        self.told.set()
+        return "too late"
+
+    async def stream(self) -> AsyncIterator[int]:
+        yield 1
+        pathlib.Path("streaming").touch()
+        await asyncio.sleep(60)
+
+    def close(self):
+        assert self.told.is_set(), "the handler was not told"
+"""
+    spec = ServiceSpec(
+        class_name="Service",
+        entry="service:Service",
+        concurrency=2,
+        shutdown_name="close",
+        endpoints=tuple(EndpointSpec(path=f"/{name}", method_name=name) for name in ("hold", "stream")),
+    )
+    with replica_process(tmp_path, code, spec) as replica:
+        replica.until(Ready)
+        answers: dict[str, tuple[int, str]] = {}
+        async with replica.session() as session, anyio.create_task_group() as group:
+
+            async def call(path: str) -> None:
+                async with session.post(path) as response:
+                    answers[path] = (response.status, await response.text())
+
+            group.start_soon(call, "/hold")
+            group.start_soon(call, "/stream")
+            await _appears(tmp_path / "held")
+            await _appears(tmp_path / "streaming")
+            replica.channel.send_blocking(Drain(drain_s_max=0.1))
+            assert isinstance(await anyio.to_thread.run_sync(replica.receive), Drained)
+        status, text = answers["/hold"]
+        assert status == 504
+        assert "drain_s_max=0.1" in text
+        status, text = answers["/stream"]
+        assert status == 200
+        assert text.startswith("data: 1\n\nevent: error\n")
+        assert "drain_s_max=0.1" in text

@@ -161,6 +161,15 @@ async def test_a_client_that_leaves_before_its_body_is_whole_gets_nothing() -> N
         assert (await post(app, "/-/stats", method="GET")).json()["served"] == 0
 
 
+async def test_a_body_that_does_not_arrive_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "BODY_S_MAX", 0.0)
+    async with started(Sums) as app:
+        answer = await post(app, "/add", parts=[])
+        assert answer.status == 504
+        assert answer.json()["error"]["where"] == "body_s_max=0"
+        assert (await post(app, "/-/stats", method="GET")).json()["waiting"] == 0
+
+
 async def test_in_flight_never_exceeds_the_concurrency() -> None:
     release = anyio.Event()
 

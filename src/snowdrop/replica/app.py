@@ -7,7 +7,7 @@ away cancels the work; a handler in a thread can't be interrupted and keeps its 
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -47,6 +47,8 @@ class ServiceApp:
     def __init__(self, service_class: type, spec: ServiceSpec) -> None:
         self._class = service_class
         self._spec = spec
+        self._running: set[Callable[[], None]] = set()
+        self._cut: SnowdropError | None = None
         self._endpoints: dict[str, Endpoint] = {}
         for endpoint in spec.endpoints:
             where = f"{spec.class_name}.{endpoint.method_name}"
@@ -64,6 +66,12 @@ class ServiceApp:
         self._instance: object = await _own_error(stage(self._class, {}))
         if self._spec.startup_name is not None:
             await _own_error(stage(getattr(self._instance, self._spec.startup_name), models))
+
+    def cut(self, error: SnowdropError) -> None:
+        """Cancels every call and answers it with `error`; a thread sees `cancelled()` and is waited for."""
+        self._cut = error
+        for end in tuple(self._running):
+            end()
 
     async def shutdown(self) -> None:
         """Runs the shutdown stage. To be called when no request is in flight any more."""
@@ -111,27 +119,34 @@ class ServiceApp:
             await self._run_watched(exchange, endpoint, arguments)
 
     async def _run_watched(self, exchange: Exchange, endpoint: Endpoint, arguments: dict[str, Any]) -> None:
-        """Runs the call, and cancels it when the caller goes away. Raises what the call raises."""
-        gone = threading.Event()
+        """Runs the call; cancels it when its caller goes away or `cut` ends it. Raises what the call raises."""
+        ended = threading.Event()
         failure: Raised | SnowdropError | None = None
         async with anyio.create_task_group() as group:
 
             async def watch() -> None:
                 await exchange.disconnected()
-                gone.set()
+                end()
+
+            def end() -> None:
+                ended.set()
                 group.cancel_scope.cancel()
 
             group.start_soon(watch)
-            flag = CANCEL_FLAG.set(gone)
+            flag = CANCEL_FLAG.set(ended)
+            self._running.add(end)
             try:
                 async with self._gate.slot():
                     await self._run(exchange, endpoint, arguments)
             except (Raised, SnowdropError) as error:
                 failure = error  # raised below: out of a task group it would come wrapped
             finally:
+                self._running.discard(end)
                 CANCEL_FLAG.reset(flag)
                 group.cancel_scope.cancel()
-        if failure is not None and not gone.is_set():
+        if ended.is_set():
+            failure = self._cut  # None where the caller has gone
+        if failure is not None:
             raise failure
 
     async def _run(self, exchange: Exchange, endpoint: Endpoint, arguments: dict[str, Any]) -> None:
@@ -176,23 +191,14 @@ def _decode(decoder: RequestDecoder, exchange: Exchange, body: bytes) -> dict[st
 async def _stream(exchange: Exchange, endpoint: Endpoint, items: Items) -> None:
     """Writes items as they come. The first one exists before the headers go, so that an early failure is a 500."""
     form = exchange.stream_form(endpoint.signature.stream)
-    try:
-        while (item := await items.next()) is not DONE:
-            try:
-                chunk = form.item(item)
-            except (TypeError, ValueError, OverflowError) as error:
-                raise Raised(error) from error
-            if not exchange.has_begun:
-                await exchange.begin_stream(form)
-            await exchange.write(chunk)
-    except Raised as raised:
+    while (item := await items.next()) is not DONE:
+        try:
+            chunk = form.item(item)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise Raised(error) from error
         if not exchange.has_begun:
-            raise
-        failure = request_error(raised.cause, exchange.path, exchange.request_id)
-        if form.failure is None:
-            return  # not completed: the server cuts the connection, so that the answer can't pass for whole
-        await exchange.write(form.failure(failure, exchange.request_id), more=False)
-        return
+            await exchange.begin_stream(form)
+        await exchange.write(chunk)
     if not exchange.has_begun:
         await exchange.begin_stream(form)
     await exchange.write(b"", more=False)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import msgspec
 
-from snowdrop.domain.errors import SnowdropError, TooLargeError
+from snowdrop.domain.errors import SnowdropError, TimedOutError, TooLargeError
 from snowdrop.domain.ids import fresh_id
 from snowdrop.domain.signature import encode_json
 from snowdrop.replica.servable import AsgiMessage, Receive, Send
 
 REQUEST_BYTES_MAX = 64 << 20
+BODY_S_MAX = 300.0
+"""Longest time that a client may take to send its body; it holds a place in the replica meanwhile."""
 REQUEST_ID_CHARS_MAX = 128
 NDJSON = "application/x-ndjson"
 SSE = "text/event-stream"
@@ -53,11 +56,27 @@ class Exchange:
         }
         self.request_id = self.headers.get("x-request-id", "")[:REQUEST_ID_CHARS_MAX] or fresh_id("req")
         self.has_begun = False
+        self._is_complete = False
+        self._form: StreamForm | None = None
         self._receive = receive
         self._send = send
 
     async def body(self) -> bytes:
-        """The whole body. Raises Refused (413) beyond REQUEST_BYTES_MAX, Disconnected if the client goes."""
+        """The whole body.
+
+        Raises TooLargeError as Refused, TimedOutError after BODY_S_MAX, Disconnected if the client goes.
+        """
+        try:
+            with anyio.fail_after(BODY_S_MAX):
+                return await self._read_body()
+        except TimeoutError as error:
+            raise TimedOutError(
+                "the body did not arrive in time",
+                where=f"body_s_max={BODY_S_MAX:g}",
+                next_step="send the request again, or less at once",
+            ) from error
+
+    async def _read_body(self) -> bytes:
         declared = self.headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > REQUEST_BYTES_MAX:
             raise _too_large(int(declared))
@@ -88,16 +107,27 @@ class Exchange:
         await self.write(body, more=False)
 
     async def refuse(self, error: SnowdropError, *, headers: dict[str, str] | None = None) -> None:
-        """A typed error as the answer, with Retry-After where trying again helps."""
+        """A typed error in the form that still fits: an answer of its own, or the last item of the stream.
+
+        Raw bytes have no place for one: left incomplete, the connection is cut and can't pass for whole.
+        """
+        if self._is_complete:
+            return
+        if self.has_begun:
+            if self._form is not None and self._form.failure is not None:
+                await self.write(self._form.failure(error, self.request_id), more=False)
+            return
         extra = dict(headers or {})
         if error.retry_after_s is not None:
             extra["retry-after"] = str(max(1, round(error.retry_after_s)))
         await self.answer(self._error(error), status=error.http_status, headers=extra)
 
     async def begin_stream(self, form: StreamForm) -> None:
+        self._form = form
         await self._begin(200, form.content_type, {"cache-control": "no-cache"})
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
+        self._is_complete = not more
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     def stream_form(self, kind: str) -> StreamForm:

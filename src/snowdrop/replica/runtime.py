@@ -13,6 +13,7 @@ from pathlib import Path
 
 import anyio
 
+from snowdrop.domain.errors import TimedOutError
 from snowdrop.domain.receipt import Span
 from snowdrop.replica.app import build_service
 from snowdrop.replica.link import AgentLink
@@ -46,6 +47,9 @@ from snowdrop.wire.replica import Boot, Drain, Drained, Imported, ModelHandle, R
 EVENTS_MAX = 64
 DRAIN_GRACE_S = 0.2
 """A request may have been on its way when the gateway learned of the drain; it is still accepted for this long."""
+
+CUT_S_MAX = 3.0
+"""How long calls that outlast the drain bound get to end once cancelled; the agent kills soon after."""
 
 
 def apply_environment(boot: Boot) -> None:
@@ -159,7 +163,15 @@ class Runtime:
 
     async def _finish_requests(self, drain_s_max: float) -> None:
         await anyio.sleep(DRAIN_GRACE_S)
-        self._server.finish(drain_s_max=drain_s_max)
+        self._server.finish(drain_s_max=drain_s_max + CUT_S_MAX)
+        await anyio.sleep(drain_s_max)  # ended by the exit, if all is answered before
+        self._servable.cut(
+            TimedOutError(
+                "the replica is stopping and could not wait longer for the answer",
+                where=f"drain_s_max={drain_s_max:g}",
+                next_step="send it again, or raise the service's `drain_s_max`",
+            )
+        )
 
     async def _shutdown(self) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
+from snowdrop.domain.errors import SnowdropError
 from snowdrop.weights.loaded import LoadedModel
 
 Scope = MutableMapping[str, Any]
@@ -14,10 +15,12 @@ Send = Callable[[AsgiMessage], Awaitable[None]]
 
 
 class Servable(Protocol):
-    """`start` and `shutdown` raise what user code raises; `asgi` answers between them."""
+    """`start` and `shutdown` raise what user code raises; `asgi` answers in between; `cut` ends all calls."""
 
     async def asgi(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
     async def start(self, models: dict[str, LoadedModel]) -> None: ...
+
+    def cut(self, error: SnowdropError) -> None: ...
 
     async def shutdown(self) -> None: ...
