@@ -15,16 +15,17 @@ from snowdrop.control.recorder import Recorder
 from snowdrop.control.routes import deployment_route
 from snowdrop.control.world import DeploymentEntry, DeploymentKey, ReplicaEntry, World
 from snowdrop.domain.deployment import Deployment
-from snowdrop.domain.errors import ReplicaDiedError
+from snowdrop.domain.errors import ReplicaDiedError, SnowdropError
 from snowdrop.domain.ids import NodeId, ReplicaId
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
 from snowdrop.domain.service import ResourceSpec
 from snowdrop.policy import restart
 from snowdrop.state.port import StateStore
 from snowdrop.wire.codec import Message
-from snowdrop.wire.control import DeploymentRoute, LoadReport, RouteChanged
+from snowdrop.wire.control import DeploymentRoute, DrainReplica, LoadReport, RouteChanged
 
 LOST_REASON = "its agent is gone"
+ORPHAN_DRAIN_S_MAX = 30.0
 log = logging.getLogger("snowdrop.control")
 
 
@@ -137,8 +138,13 @@ class ControlLoop:
         while True:
             keys, self._dirty = self._dirty, set()
             for key in keys:
-                if key in self.world.deployments:
+                if key not in self.world.deployments:
+                    self._drain_orphans(key)
+                    continue
+                try:
                     await self.look(key)
+                except SnowdropError as error:
+                    log.warning("deployment %s/%s is looked at again later: %s", *key, error)
             if not self._dirty:
                 with anyio.move_on_after(self._wait_s()):
                     await self._wake.wait()
@@ -156,6 +162,14 @@ class ControlLoop:
             await self.state.delete_deployment(*key)
             del self.world.deployments[key]
         self.publish(key)
+
+    def _drain_orphans(self, key: DeploymentKey) -> None:
+        """Replicas that came back after their deployment was deleted: nobody can call them."""
+        for name, entry in self.world.replicas_of(key):
+            if not entry.drain_sent:
+                entry.drain_sent = True
+                order = DrainReplica(replica=name, reason=entry.draining, drain_s_max=ORPHAN_DRAIN_S_MAX)
+                self.send_agent(entry.node, order)
 
     def publish(self, key: DeploymentKey) -> None:
         """Tells gateways of a deployment if what they know is no longer so."""
@@ -175,7 +189,13 @@ class ControlLoop:
         entry = self.world.deployments[key]
         decision = entry.decision
         replicas = any(True for _ in self.world.replicas_of(key))
-        return replicas or decision is None or decision.desired > 0 or decision.stable_load > 0
+        return (
+            entry.deployment.deleting
+            or replicas
+            or decision is None
+            or decision.desired > 0
+            or decision.stable_load > 0
+        )
 
     def _wait_s(self) -> float:
         now_s = time.monotonic()

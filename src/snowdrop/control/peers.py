@@ -111,6 +111,7 @@ class Peers:
     async def _serve_agent(self, hello: AgentHello, messages: MessageStream[FromPeer]) -> None:
         node, loop = NodeId(hello.node.id), self._loop
         send, outbox = anyio.create_memory_object_stream[Message](OUTBOX_MAX)
+        _replace(self._agents.get(node))
         self._agents[node] = send
         loop.world.nodes[node] = NodeEntry(hello.node, hello.incarnation, hello.api_socket)
         log.info("node %s is here with %d replicas", node, len(hello.replicas))
@@ -165,6 +166,7 @@ class Peers:
         gateway = hello.gateway
         await self._settled.wait()
         send, outbox = anyio.create_memory_object_stream[Message](OUTBOX_MAX)
+        _replace(self._gateways.get(gateway))
         self._gateways[gateway] = send
         self._loop.world.gateways[gateway] = {}
         send.send_nowait(self._table())
@@ -215,11 +217,17 @@ class Peers:
         outbox: MemoryObjectReceiveStream[Message],
         hear: Callable[[FromPeer], None],
     ) -> None:
+        broken: ProtocolError | None = None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_write, messages, outbox)
-            async for message in messages:
-                hear(message)
+            try:
+                async for message in messages:
+                    hear(message)
+            except ProtocolError as error:
+                broken = error  # raised outside of the group, which would wrap it past those who handle it
             tasks.cancel_scope.cancel()
+        if broken is not None:
+            raise broken
 
     def _to_agent(self, node: NodeId, message: Message) -> None:
         send = self._agents.get(node)
@@ -229,6 +237,12 @@ class Peers:
     def _to_gateways(self, message: Message) -> None:
         for send in self._gateways.values():
             _put(send, message)
+
+
+def _replace(old: MemoryObjectSendStream[Message] | None) -> None:
+    """Ends an older connection of the same peer: its writer runs dry and closes it."""
+    if old is not None:
+        old.close()
 
 
 def _put(send: MemoryObjectSendStream[Message], message: Message) -> None:

@@ -18,6 +18,7 @@ def deployment_route(world: World, key: DeploymentKey) -> DeploymentRoute | None
     if entry is None:
         return None
     replicas = list(world.replicas_of(key))
+    serving = any(replica.state is ReplicaState.READY and not replica.draining for _, replica in replicas)
     return DeploymentRoute(
         tenant=key[0],
         deployment=key[1],
@@ -29,7 +30,7 @@ def deployment_route(world: World, key: DeploymentKey) -> DeploymentRoute | None
         ),
         starting=sum(1 for _, replica in replicas if replica.state in STARTING_STATES and not replica.draining),
         replicas_max=entry.scale.max,
-        refusal=_refusal(entry),
+        refusal=_refusal(entry, serving=serving),
     )
 
 
@@ -51,12 +52,13 @@ def _route(name: ReplicaId, replica: ReplicaEntry, entry: DeploymentEntry) -> Re
     )
 
 
-def _refusal(entry: DeploymentEntry) -> ErrorBody | None:
+def _refusal(entry: DeploymentEntry, *, serving: bool) -> ErrorBody | None:
     """Why requests are refused at once instead of waiting for something that will not come."""
     name = entry.deployment.name
     if entry.deployment.deleting:
         return UnavailableError(f"deployment {name!r} is being deleted", where=name).body()
-    if entry.health is DeploymentHealth.CRASH_LOOPING:
+    # A replica that serves, of an older revision for example, goes on doing so.
+    if entry.health is DeploymentHealth.CRASH_LOOPING and not serving:
         return RevisionFailedError(
             f"revision {entry.revision.id} of {name!r} does not start: {entry.health_reason}",
             where=f"revision {entry.revision.id}",

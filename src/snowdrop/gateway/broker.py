@@ -170,32 +170,43 @@ class RemoteBroker:
         finally:
             self.connected = False
             self._gone.set()
-            self._tickets.fail_all(
-                PlatformDownError("the gateway's queue owner is gone", where="gateway", next_step="try again")
-            )
+            self._tickets.fail_all(_owner_gone())
+            self._send.close()
+            self._outbox.close()
             await messages.aclose()
 
     async def acquire(
         self, key_sha256: str | None, deployment: DeploymentName, *, arrived_unix_ns: int
     ) -> Granted:
+        if self._gone.is_set():
+            raise _owner_gone()
         ticket = self._tickets.number()
         future = self._tickets.open(ticket)
         request = Acquire(
             ticket=ticket, key_sha256=key_sha256, deployment=deployment, arrived_unix_ns=arrived_unix_ns
         )
-        self._send.send_nowait(request)
+        self._say(request)
         try:
             return await future
         except asyncio.CancelledError:
             self._tickets.close(ticket)
-            self._send.send_nowait(CancelWait(ticket=ticket))
+            self._say(CancelWait(ticket=ticket))
             raise
 
     def release(self, granted: Granted) -> None:
-        self._send.send_nowait(ReleaseLease(lease=granted.lease))
+        self._say(ReleaseLease(lease=granted.lease))
 
     def unreachable(self, granted: Granted, message: str) -> None:
-        self._send.send_nowait(ReportUnreachable(lease=granted.lease, message=message))
+        self._say(ReportUnreachable(lease=granted.lease, message=message))
 
     def served(self, receipt: ReceiptId, caller: CallerTimes) -> None:
-        self._send.send_nowait(ReportServed(receipt=receipt, caller=caller))
+        self._say(ReportServed(receipt=receipt, caller=caller))
+
+    def _say(self, message: Message) -> None:
+        # Once the owner is gone it has reclaimed all leases of this worker: there is nobody to tell.
+        if not self._gone.is_set():
+            self._send.send_nowait(message)
+
+
+def _owner_gone() -> PlatformDownError:
+    return PlatformDownError("the gateway's queue owner is gone", where="gateway", next_step="try again")

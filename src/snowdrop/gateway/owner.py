@@ -5,6 +5,7 @@ All of it runs on one event loop, so the core needs no lock. What must reach con
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -47,6 +48,7 @@ CALLERS_MAX = 10_000
 WORKER_OUTBOX_MAX = 100_000
 TICK_S = 0.25
 HELLO_S_MAX = 5.0
+log = logging.getLogger("snowdrop.gateway")
 
 
 class Uplink(Protocol):
@@ -121,8 +123,12 @@ class Owner:
         try:
             async with anyio.create_task_group() as tasks, aclosing(messages):
                 tasks.start_soon(write_from, outbox, messages)
-                async for message in messages:
-                    self._handle(hello.worker, message)
+                try:
+                    async for message in messages:
+                        self._handle(hello.worker, message)
+                except ProtocolError as error:
+                    # One worker's broken frame must not end the others: it is cut off and started again.
+                    log.warning("worker %s is cut off: %s", hello.worker, error)
                 tasks.cancel_scope.cancel()
         finally:
             self.detach(hello.worker)

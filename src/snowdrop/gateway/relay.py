@@ -14,11 +14,11 @@ from random import Random
 
 import aiohttp
 import msgspec
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from snowdrop.domain.errors import InvalidInputError, ReplicaDiedError, SnowdropError, TimedOutError
+from snowdrop.domain.errors import ReplicaDiedError, SnowdropError, TimedOutError, TooLargeError
 from snowdrop.domain.ids import DeploymentName
 from snowdrop.domain.receipt import CallerTimes, Span, join_caller
 from snowdrop.gateway.broker import Broker
@@ -71,9 +71,7 @@ class Relay:
         """A small body whole, so that it can be sent again if a connection fails; None for one to be streamed."""
         length = request.content_length
         if length is not None and length > self._request_bytes_max:
-            raise InvalidInputError(
-                f"the request has {length} bytes", where=f"gateway.request_bytes_max={self._request_bytes_max}"
-            )
+            raise _too_large(self._request_bytes_max, f"the request has {length} bytes")
         if not request.can_read_body:
             return b""
         if length is not None and length <= BODY_WHOLE_BYTES_MAX:
@@ -126,6 +124,7 @@ class _Exchange:
         self._arrived_unix_ns = arrived_unix_ns
         self._held = True
         self._answer: web.StreamResponse | None = None
+        self._refused: TooLargeError | None = None
 
     def hand_back(self) -> None:
         if self._held:
@@ -164,6 +163,8 @@ class _Exchange:
                 error,
             )
         except aiohttp.ClientError as error:
+            if self._refused is not None:  # raised in the upload; the client library wraps it
+                return await self._failed(self._refused, error)
             died = ReplicaDiedError(
                 "the replica died while it worked on this request, which is therefore not sent again",
                 where=f"replica {self._granted.replica}",
@@ -184,10 +185,8 @@ class _Exchange:
         async for chunk in self._request.content.iter_any():
             taken += len(chunk)
             if taken > self._relay.request_bytes_max:
-                raise InvalidInputError(
-                    "the request's body is too large",
-                    where=f"gateway.request_bytes_max={self._relay.request_bytes_max}",
-                )
+                self._refused = _too_large(self._relay.request_bytes_max, "the request's body is too large")
+                raise self._refused
             yield chunk
 
     async def _download(self, response: aiohttp.ClientResponse) -> web.StreamResponse:
@@ -202,7 +201,7 @@ class _Exchange:
         answer = self._answer = web.StreamResponse(status=response.status, headers=headers)
         if length is not None:
             answer.content_length = length
-        elif response.status not in {204, 304}:
+        elif response.status not in {204, 304} and self._request.version >= HttpVersion11:
             answer.enable_chunked_encoding()
         await answer.prepare(self._request)
         async for chunk in response.content.iter_any():
@@ -252,6 +251,12 @@ def upstream_url(relative: URL) -> URL:
     path = raw[raw.find("/", 1) :]
     query = relative.raw_query_string
     return URL(f"http://replica{path}?{query}" if query else f"http://replica{path}", encoded=True)
+
+
+def _too_large(bytes_max: int, message: str) -> TooLargeError:
+    return TooLargeError(
+        message, where=f"gateway.request_bytes_max={bytes_max}", next_step="send less, or raise the setting"
+    )
 
 
 def server_timing(spans: tuple[Span, ...]) -> str:
