@@ -33,7 +33,7 @@ def short_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class CommandFailed(AssertionError):
+class CommandError(AssertionError):
     """A command ended with an error; `error` is its typed body."""
 
     def __init__(self, words: tuple[str, ...], code: int, output: str, errors: str) -> None:
@@ -74,7 +74,7 @@ class Platform:
         return self.state / "run"
 
     def run(self, *words: str) -> Any:
-        """A command's JSON; raises CommandFailed."""
+        """A command's JSON; raises CommandError."""
         done = subprocess.run(
             [SNOWDROP, "--state", str(self.state), "--json", *words],
             check=False,
@@ -83,7 +83,7 @@ class Platform:
             timeout=COMMAND_S_MAX,
         )
         if done.returncode:
-            raise CommandFailed(words, done.returncode, done.stdout, done.stderr)
+            raise CommandError(words, done.returncode, done.stdout, done.stderr)
         return json.loads(done.stdout) if done.stdout.strip() else None
 
     def deploy(self, target: str, name: str) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Platform:
         for name in sorted(self._deployed):
             try:
                 self.run("delete", name)
-            except CommandFailed as failed:
+            except CommandError as failed:
                 if failed.error.get("kind") != "not_found":
                     raise
         self._deployed.clear()

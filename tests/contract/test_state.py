@@ -1,4 +1,4 @@
-"""One suite for every StateStore: the memory fake, a fresh SQLite file, and one that was written by an earlier life."""
+"""One suite for every StateStore: the memory fake, a fresh SQLite file, one of an earlier life."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

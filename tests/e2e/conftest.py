@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from e2e_platform import Platform, short_folder
 
 HERE = Path(__file__).parent

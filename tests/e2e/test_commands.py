@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from e2e_platform import SNOWDROP, CommandFailed, Platform, session, short_folder, wait_until
+
+from e2e_platform import SNOWDROP, CommandError, Platform, session, short_folder, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -39,7 +40,7 @@ async def test_a_deployment_through_every_command(platform: Platform, tmp_path: 
     wait_until(lambda: text(platform, "usage").count("tour"), "usage is shown")
     assert platform.run("delete", "tour")["gone"] is True
     assert platform.run("model", "rm", "tiny") == {"removed": "tiny"}
-    with pytest.raises(CommandFailed) as gone:
+    with pytest.raises(CommandError) as gone:
         platform.run("model", "show", "tiny")
     assert gone.value.error["kind"] == "not_found"
 
@@ -49,9 +50,9 @@ async def test_logs_can_be_followed(platform: Platform) -> None:
     command = [str(SNOWDROP), "--state", str(platform.state), "--json", "logs", "chatty", "-f"]
     following = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        async with session() as http:
-            async with http.post(f"{platform.url}/chatty/fail", json={"message": "look here"}) as answer:
-                assert answer.status == 500
+        url = f"{platform.url}/chatty/fail"
+        async with session() as http, http.post(url, json={"message": "look here"}) as answer:
+            assert answer.status == 500
         assert following.stdout is not None
         for line in following.stdout:
             if "look here" in json.loads(line)["text"]:
@@ -83,7 +84,7 @@ async def test_keys_are_checked_where_they_are_given(platform: Platform) -> None
 async def test_another_tenant_sees_nothing(platform: Platform) -> None:
     platform.deploy("basic.py:Echo", "mine")
     assert platform.run("--tenant", "other", "ps") == []
-    with pytest.raises(CommandFailed) as hidden:
+    with pytest.raises(CommandError) as hidden:
         platform.run("--tenant", "other", "describe", "mine")
     assert hidden.value.error["kind"] == "not_found"
     secret = platform.run("--tenant", "other", "key", "create", "theirs")["secret"]
@@ -103,7 +104,7 @@ def test_up_twice_is_once(platform: Platform) -> None:
 def test_without_a_platform_the_next_step_is_named() -> None:
     with short_folder() as state:
         idle = Platform(state)
-        with pytest.raises(CommandFailed) as failed:
+        with pytest.raises(CommandError) as failed:
             idle.run("ps")
         assert failed.value.error["kind"] == "platform_down"
         assert "snowdrop up" in failed.value.error["next_step"]

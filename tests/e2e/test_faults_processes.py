@@ -11,7 +11,8 @@ import aiohttp
 import anyio
 import anyio.to_thread
 import pytest
-from e2e_platform import SNOWDROP, CommandFailed, Platform, session, short_folder, wait_until
+
+from e2e_platform import SNOWDROP, CommandError, Platform, session, short_folder, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -167,7 +168,7 @@ def test_port_in_use_is_said_by_up_and_leaves_nothing(shared_platform: Platform)
     port = shared_platform.url.rpartition(":")[2]
     with short_folder() as state:
         second = Platform(state)
-        with pytest.raises(CommandFailed) as failed:
+        with pytest.raises(CommandError) as failed:
             second.run("up", "--port", port)
         assert f"gateway.port={port}" in failed.value.error["where"]
         assert "--port" in failed.value.error["next_step"]
@@ -198,7 +199,7 @@ def test_up_refuses_without_a_sandbox_unless_told() -> None:
 def _replica_ids(platform: Platform, name: str) -> list[str]:
     try:
         return [replica["key"]["replica"] for replica in platform.replicas(name)]
-    except CommandFailed:
+    except CommandError:
         return []  # control is on its way
 
 

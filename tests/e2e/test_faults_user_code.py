@@ -6,7 +6,8 @@ import aiohttp
 import anyio
 import anyio.to_thread
 import pytest
-from e2e_platform import CommandFailed, Platform, session, wait_until
+
+from e2e_platform import CommandError, Platform, session, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -150,14 +151,14 @@ async def _die(platform: Platform, http: aiohttp.ClientSession) -> None:
 
 
 async def test_what_is_refused_at_deploy_leaves_nothing(platform: Platform) -> None:
-    with pytest.raises(CommandFailed) as missing:
+    with pytest.raises(CommandError) as missing:
         platform.deploy("modelled.py", "no-model")
     assert missing.value.error["kind"] == "not_found"
     assert "snowdrop model push e2e-model" in missing.value.error["next_step"]
-    with pytest.raises(CommandFailed) as absent:
+    with pytest.raises(CommandError) as absent:
         platform.deploy("no_such_file.py", "no-file")
     assert "no_such_file.py" in str(absent.value.error)
-    with pytest.raises(CommandFailed) as bad:
+    with pytest.raises(CommandError) as bad:
         platform.deploy("basic.py:Echo", "Bad_Name")
     assert bad.value.error["kind"] == "invalid_input"
     names = {view["name"] for view in platform.run("ps")}

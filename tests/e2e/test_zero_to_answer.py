@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
 from pathlib import Path
 
+import aiohttp
+import anyio
+import anyio.to_thread
 import numpy as np
 import pytest
-from e2e_platform import Platform, session, wait_until
 from safetensors.numpy import save_file
+
+from e2e_platform import SNOWDROP, Platform, session, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -90,17 +95,15 @@ async def test_a_burst_at_zero_is_answered_once_each(platform: Platform) -> None
     platform.deploy("basic.py:Echo", "burst")
     seen_replicas = 0
 
-    async def one(number: int, http: object) -> dict[str, int | str]:
-        async with http.post(f"{platform.url}/burst/work", json={"number": number, "work_s": 0.05}) as answer:  # type: ignore[attr-defined]
+    async def one(number: int, http: aiohttp.ClientSession) -> dict[str, int | str]:
+        async with http.post(f"{platform.url}/burst/work", json={"number": number, "work_s": 0.05}) as answer:
             assert answer.status == 200, await answer.text()
             found: dict[str, int | str] = await answer.json()
             return found
 
-    import anyio
-
     answers: list[dict[str, int | str]] = []
 
-    async def collect(number: int, http: object) -> None:
+    async def collect(number: int, http: aiohttp.ClientSession) -> None:
         answers.append(await one(number, http))
 
     async with session() as http, anyio.create_task_group() as watching:
@@ -141,8 +144,6 @@ async def test_scale_down_cuts_no_stream_and_new_work_wakes_it(platform: Platfor
 
 async def _redeploy(platform: Platform) -> None:
     """A new revision drains the old one while it streams."""
-    import anyio
-
     await anyio.to_thread.run_sync(platform.deploy, "basic.py:Echo", "streamed")
 
 
@@ -184,9 +185,5 @@ async def test_bad_requests_name_the_field(platform: Platform) -> None:
 
 
 def _log(platform: Platform, name: str) -> str:
-    import subprocess
-
-    from e2e_platform import SNOWDROP
-
     command = [SNOWDROP, "--state", str(platform.state), "logs", name]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,220 @@
+"""One suite for both brokers: the one inside of the owner's process, and the one over a socket."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from platform_helpers import KEY, NAME, caller, replica_route, route
+from snowdrop.domain.errors import NotFoundError, PlatformDownError, RevisionFailedError
+from snowdrop.domain.ids import DeploymentName, ReceiptId
+from snowdrop.gateway.broker import Broker, LocalBroker, RemoteBroker
+from snowdrop.gateway.owner import Owner
+from snowdrop.gateway.queue import QueueCore
+from snowdrop.wire.codec import PROTOCOL_VERSION
+from snowdrop.wire.control import CallerServed, RouteChanged, Routes
+from snowdrop.wire.slots import TO_WORKER, Granted, WorkerHello
+from snowdrop.wire.stream import MessageStream
+
+pytestmark = pytest.mark.anyio
+WAIT_S_MAX = 10.0
+
+
+class Bench:
+    """An owner with one deployment of one slot, and a broker to it."""
+
+    def __init__(self, socket: Path) -> None:
+        self.core = QueueCore(keys_required=False)
+        self.owner = Owner(self.core, "gw")
+        self.socket = socket
+        self.said: list[object] = []
+        self.owner.connected(self)
+        self.show(replica_route(concurrency=1))
+
+    def send_soon(self, message: object) -> None:
+        self.said.append(message)
+
+    def load_changed(self) -> None: ...
+
+    def show(self, *replicas: object, **more: object) -> None:
+        self.owner.from_control(Routes(generation=1, deployments=(route(*replicas, **more),)))
+
+    def counts(self) -> tuple[int, int]:
+        (load,) = self.core.loads()
+        return load.in_flight, load.queued
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        with anyio.fail_after(WAIT_S_MAX):
+            while not condition():
+                await anyio.sleep(0.001)
+
+    @asynccontextmanager
+    async def remote(self, worker: str) -> AsyncIterator[RemoteBroker]:
+        """A broker over the socket; its connection ends with the block."""
+        broker = RemoteBroker(worker)
+        stream = await anyio.connect_unix(str(self.socket))
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(lambda *, task_status: broker.run(stream, task_status=task_status))
+            yield broker
+            tasks.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    made = Bench(tmp_path / "owner.sock")
+    async with await anyio.create_unix_listener(str(made.socket)) as listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(made.owner.serve_workers, listener)
+        yield made
+        tasks.cancel_scope.cancel()
+
+
+@pytest.fixture(params=["local", "remote"])
+async def broker(request: pytest.FixtureRequest, bench: Bench) -> AsyncIterator[Broker]:
+    if request.param == "local":
+        yield LocalBroker(bench.owner, "w-local")
+        return
+    async with bench.remote("w-remote") as made:
+        yield made
+
+
+async def acquire(broker: Broker, name: str = NAME) -> Granted:
+    with anyio.fail_after(WAIT_S_MAX):
+        return await broker.acquire(None, DeploymentName(name), arrived_unix_ns=1)
+
+
+class TestBroker:
+    async def test_grants_a_free_slot_and_takes_it_back(self, bench: Bench, broker: Broker) -> None:
+        granted = await acquire(broker)
+        assert granted.socket_path == "/run/rep-1.sock"
+        assert bench.counts() == (1, 0)
+        broker.release(granted)
+        await bench.until(lambda: bench.counts() == (0, 0))
+
+    async def test_the_next_in_the_queue_gets_the_slot(self, bench: Bench, broker: Broker) -> None:
+        first = await acquire(broker)
+        got: list[Granted] = []
+
+        async def wait() -> None:
+            got.append(await acquire(broker))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait)
+            await bench.until(lambda: bench.counts() == (1, 1))
+            assert not got
+            broker.release(first)
+        assert bench.counts() == (1, 0)
+        broker.release(got[0])
+        await bench.until(lambda: not bench.core.busy)
+
+    async def test_cancelled_while_waiting_holds_nothing(self, bench: Bench, broker: Broker) -> None:
+        first = await acquire(broker)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(acquire, broker)
+            await bench.until(lambda: bench.counts() == (1, 1))
+            tasks.cancel_scope.cancel()
+        await bench.until(lambda: bench.counts() == (1, 0))
+        broker.release(first)
+        await bench.until(lambda: not bench.core.busy)
+
+    async def test_a_cancel_that_meets_its_grant_gives_the_slot_back(self, bench: Bench, broker: Broker) -> None:
+        first = await acquire(broker)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(acquire, broker)
+            await bench.until(lambda: bench.counts() == (1, 1))
+            # The grant is on its way, and the waiting task has not run since.
+            bench.owner.release(first.lease)
+            assert bench.counts() == (1, 0)
+            tasks.cancel_scope.cancel()
+        await bench.until(lambda: not bench.core.busy)
+
+    async def test_refusals_keep_their_type(self, bench: Bench, broker: Broker) -> None:
+        with pytest.raises(NotFoundError, match="nobody"):
+            await acquire(broker, "nobody")
+        bench.show(refusal=RevisionFailedError("it raised at import").body())
+        with pytest.raises(RevisionFailedError, match="raised at import"):
+            await acquire(broker)
+
+    async def test_unreachable_ends_the_lease_and_tells_control(self, bench: Bench, broker: Broker) -> None:
+        broker.unreachable(await acquire(broker), "connection refused")
+        await bench.until(lambda: bench.counts() == (0, 0) and len(bench.said) == 1)
+        assert getattr(bench.said[0], "message", "") == "connection refused"
+
+    async def test_a_caller_is_told_until_control_has_stored_it(self, bench: Bench, broker: Broker) -> None:
+        told = CallerServed(receipt=ReceiptId("rcp-1"), caller=caller())
+        broker.served(told.receipt, told.caller)
+        await bench.until(lambda: bench.said == [told])
+        bench.owner.connected(bench)
+        assert bench.said == [told, told]
+
+
+async def test_a_worker_that_dies_holds_nothing_back(bench: Bench) -> None:
+    local = LocalBroker(bench.owner, "w-local")
+    got: list[Granted] = []
+
+    async def wait() -> None:
+        got.append(await acquire(local))
+
+    async with anyio.create_task_group() as tasks:
+        async with bench.remote("w-dying") as dying:
+            await acquire(dying)
+            tasks.start_soon(wait)
+            await bench.until(lambda: bench.counts() == (1, 1))
+        with anyio.fail_after(WAIT_S_MAX):
+            while not got:
+                await anyio.sleep(0.001)
+    local.release(got[0])
+    assert not bench.core.busy
+
+
+async def test_a_broker_whose_owner_is_gone_fails_at_once(bench: Bench) -> None:
+    async with bench.remote("w-1") as broker:
+        granted = await acquire(broker)
+    with pytest.raises(PlatformDownError):
+        await acquire(broker)
+    broker.release(granted)
+    await bench.until(lambda: not bench.core.busy)
+
+
+async def test_who_waits_is_told_when_the_owner_goes(bench: Bench) -> None:
+    failed: list[Exception] = []
+
+    async def wait(broker: Broker) -> None:
+        try:
+            await acquire(broker)
+        except PlatformDownError as error:
+            failed.append(error)
+
+    bench.owner.from_control(RouteChanged(generation=2, tenant=KEY[0], deployment=KEY[1], route=route()))
+    async with anyio.create_task_group() as tasks, bench.remote("w-1") as broker:
+        tasks.start_soon(wait, broker)
+        await bench.until(lambda: bench.counts() == (0, 1))
+    assert len(failed) == 1
+
+
+@pytest.mark.parametrize("version", [PROTOCOL_VERSION + 1, None])
+async def test_a_stranger_or_another_version_is_cut_off(bench: Bench, version: int | None) -> None:
+    stream = await anyio.connect_unix(str(bench.socket))
+    messages: MessageStream[object] = MessageStream(stream, TO_WORKER)
+    if version is not None:
+        await messages.send(WorkerHello(version=version, worker="w-new"))
+    else:
+        await stream.send(b"GET / HTTP/1.1\r\n\r\n")
+        await stream.send_eof()
+    with anyio.fail_after(WAIT_S_MAX), pytest.raises(anyio.EndOfStream):
+        await messages.receive()
+    await messages.aclose()
+
+
+async def test_a_broken_frame_ends_that_worker_alone(bench: Bench) -> None:
+    async with bench.remote("w-good") as good:
+        stream = await anyio.connect_unix(str(bench.socket))
+        messages: MessageStream[object] = MessageStream(stream, TO_WORKER)
+        await messages.send(WorkerHello(version=PROTOCOL_VERSION, worker="w-bad"))
+        await stream.send(b"\x03\x00\x00\x00abc")
+        with anyio.fail_after(WAIT_S_MAX), pytest.raises(anyio.EndOfStream):
+            await messages.receive()
+        await messages.aclose()
+        good.release(await acquire(good))
