@@ -140,6 +140,7 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
                 tasks.start_soon(_until_stopped, tasks.cancel_scope)
                 tasks.start_soon(peers.serve, links)
                 tasks.start_soon(loop.run)
+                tasks.start_soon(recorder.keep_trimmed, state, settings.control)
                 _say_ready(arguments)
             await recorder.flush(FLUSH_S_MAX)
             recording.cancel_scope.cancel()

@@ -243,3 +243,16 @@ async def test_values_come_back_whole(state: StateStore) -> None:
     stored = await state.get_revision(DEFAULT_TENANT, NAME, rich.id)
     assert stored == rich
     assert msgspec.json.encode(stored) == msgspec.json.encode(rich)
+
+
+async def test_trim_drops_the_oldest_and_no_living_replica(state: StateStore) -> None:
+    for number in range(5):
+        await state.put_receipt(receipt(f"rep-{number}", started=number))
+    for number in range(4):
+        how = ReplicaState.STOPPED if number else ReplicaState.READY
+        await state.put_replica(report(f"rep-{number}", how, started_unix_ns=number))
+    await state.trim(receipts_max=2, replicas_max=1)
+    kept = await state.list_receipts(DEFAULT_TENANT, None, limit=10)
+    assert [each.id for each in kept] == ["rcp-4", "rcp-3"]
+    left = await state.list_replicas(None, None, ended=True, limit=10)
+    assert [each.key.replica for each in left] == ["rep-3", "rep-0"], "the oldest one still runs"

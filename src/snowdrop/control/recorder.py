@@ -13,9 +13,12 @@ from collections.abc import Awaitable, Callable
 import anyio
 
 from snowdrop.domain.errors import SnowdropError
+from snowdrop.domain.settings import ControlSettings
+from snowdrop.state.port import StateStore
 
 RECORDS_MAX = 50_000
 RETRY_S = 1.0
+TRIM_S = 600.0
 
 Write = Callable[[], Awaitable[None]]
 log = logging.getLogger("snowdrop.control")
@@ -53,6 +56,16 @@ class Recorder:
             self._idle.set()
             await self._wake.wait()
             self._wake = anyio.Event()
+
+    async def keep_trimmed(self, state: StateStore, settings: ControlSettings) -> None:
+        """Has old receipts and replicas dropped every TRIM_S, so that the state does not grow for ever."""
+
+        async def trim() -> None:
+            await state.trim(receipts_max=settings.receipts_kept_max, replicas_max=settings.replicas_kept_max)
+
+        while True:
+            self.add("trimming", trim)
+            await anyio.sleep(TRIM_S)
 
     async def flush(self, flush_s_max: float) -> None:
         """Waits until everything is written, or the bound."""

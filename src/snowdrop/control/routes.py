@@ -64,6 +64,4 @@ def _refusal(entry: DeploymentEntry, *, serving: bool) -> ErrorBody | None:
             where=f"revision {entry.revision.id}",
             next_step=f"`snowdrop logs {name}` shows why; deploy a fix, or retry: `snowdrop scale {name}`",
         ).body()
-    if entry.scale.max == 0:
-        return UnavailableError(f"deployment {name!r} is scaled to nothing", where="scale.max=0").body()
     return None

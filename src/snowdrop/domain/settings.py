@@ -21,11 +21,12 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The reconcile loop and the lists that the API keeps."""
+    """The reconcile loop, and how many receipts and ended replicas the state keeps."""
 
     tick_s: float = 0.5
     settle_s_max: float = 3.0
     receipts_kept_max: int = 10_000
+    replicas_kept_max: int = 10_000
 
 
 class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):

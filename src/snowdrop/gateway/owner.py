@@ -173,8 +173,7 @@ class Owner:
         return LoadReport(gateway=self._gateway, loads=self._core.loads())
 
     async def run(self, *, load_report_s: float) -> None:
-        """Ends late waits and reports the load while there is any, and once when it is gone."""
-        reported_busy = False
+        """Ends late waits and reports the load while there is any, and until its end has been reported."""
         next_report_s = 0.0
         while True:
             await anyio.sleep(min(TICK_S, load_report_s))
@@ -182,10 +181,8 @@ class Owner:
             if time.monotonic() < next_report_s:
                 continue
             next_report_s = time.monotonic() + load_report_s
-            busy = self._core.busy
-            if busy or reported_busy:
+            if self._core.worth_reporting:
                 self._load_changed()
-            reported_busy = busy
 
     # --- inside -------------------------------------------------------------------------------------------
 

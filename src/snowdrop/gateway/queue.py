@@ -82,6 +82,7 @@ class _Deployment:
         self.arrived = 0
         self.refused = 0
         self.peak = 0
+        self.reported = 0
         self.drained_per_s = 0.0
         self.drained_at_s = 0.0
 
@@ -291,8 +292,13 @@ class QueueCore:
                     refused=deployment.refused,
                 )
             )
-            deployment.peak = in_flight + queued
+            deployment.peak = deployment.reported = in_flight + queued
         return tuple(report)
+
+    @property
+    def worth_reporting(self) -> bool:
+        """Whether control does not know the load as it is: also a request that came and went in between counts."""
+        return any(d.peak or d.reported for d in self._deployments.values())
 
     @property
     def busy(self) -> bool:

@@ -113,6 +113,14 @@ class MemoryState:
         found = [r for r in self._receipts.values() if r.tenant == tenant and deployment in {None, r.deployment}]
         return sorted(found, key=lambda r: r.started_unix_ns, reverse=True)[:limit]
 
+    async def trim(self, *, receipts_max: int, replicas_max: int) -> None:
+        receipts = sorted(self._receipts.values(), key=lambda r: r.started_unix_ns, reverse=True)
+        for receipt in receipts[receipts_max:]:
+            del self._receipts[receipt.id]
+        ended = [r for r in self._replicas.values() if r.state in TERMINAL_STATES]
+        for report in sorted(ended, key=lambda r: r.started_unix_ns, reverse=True)[replicas_max:]:
+            del self._replicas[report.key.replica]
+
     async def append_usage(self, records: tuple[UsageRecord, ...]) -> None:
         for record in records:
             self._usage.setdefault((record.node, record.source, record.sequence), record)

@@ -88,6 +88,10 @@ class StateStore(Protocol):
         """Newest first."""
         ...
 
+    async def trim(self, *, receipts_max: int, replicas_max: int) -> None:
+        """Drops the oldest receipts and the oldest ended replicas beyond the bounds, over all tenants."""
+        ...
+
     async def append_usage(self, records: tuple[UsageRecord, ...]) -> None:
         """Adds those that are not there yet, all or none."""
         ...

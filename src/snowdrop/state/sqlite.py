@@ -197,6 +197,15 @@ class SqliteState:
                  ORDER BY started_unix_ns DESC LIMIT ?"""
         return await self._bodies(Receipt, sql, (tenant, deployment, deployment, limit))
 
+    async def trim(self, *, receipts_max: int, replicas_max: int) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            newest = "SELECT id FROM {} ORDER BY started_unix_ns DESC LIMIT -1 OFFSET ?"
+            db.execute(f"DELETE FROM receipt WHERE id IN ({newest.format('receipt')})", (receipts_max,))  # noqa: S608
+            old = newest.format("replica WHERE ended=1")
+            db.execute(f"DELETE FROM replica WHERE id IN ({old})", (replicas_max,))  # noqa: S608
+
+        await self._transaction(work)
+
     async def append_usage(self, records: tuple[UsageRecord, ...]) -> None:
         rows = [
             (
