@@ -93,4 +93,9 @@ class PacketChannel(Generic[In]):
             for fd in fds:
                 os.close(fd)
             raise ProtocolError("packet was cut short", where=f"packet_bytes_max={PACKET_BYTES_MAX}")
-        return self._codec.decode(data), tuple(fds)
+        try:
+            return self._codec.decode(data), tuple(fds)
+        except ProtocolError:
+            for fd in fds:
+                os.close(fd)
+            raise
