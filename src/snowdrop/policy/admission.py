@@ -35,4 +35,5 @@ def retry_after_s(*, waiting: int, drained_per_s: float) -> float:
     """Time until about half of the queue has drained, in whole seconds between the two bounds."""
     if drained_per_s <= 0:
         return RETRY_AFTER_S_MIN
-    return float(min(max(math.ceil(waiting / 2 / drained_per_s), RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX))
+    seconds = min(waiting / 2 / drained_per_s, RETRY_AFTER_S_MAX)  # a tiny rate makes this infinite
+    return float(max(math.ceil(seconds), RETRY_AFTER_S_MIN))
