@@ -53,3 +53,4 @@ def test_retry_after_follows_how_fast_the_queue_drains() -> None:
     assert retry_after_s(waiting=100, drained_per_s=10.0) == 5.0
     assert retry_after_s(waiting=100, drained_per_s=0.0) == RETRY_AFTER_S_MIN
     assert retry_after_s(waiting=10**6, drained_per_s=0.01) == RETRY_AFTER_S_MAX
+    assert retry_after_s(waiting=1, drained_per_s=5e-324) == RETRY_AFTER_S_MAX

