@@ -18,7 +18,7 @@ lint: setup
 
 # make bench NAME=gateway ARGS="--rounds 5 --json out.json"
 bench: setup
-	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
+	$(BIN)/python -m benchmarks $(NAME) $(ARGS)
 
 setup:
 	@scripts/setup.sh $(VENV)
