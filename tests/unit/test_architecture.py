@@ -1,9 +1,9 @@
 """The shape of the code: sizes, and a place in the docs for every folder."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "snowdrop"
@@ -47,9 +47,15 @@ def test_every_module_says_what_it_is_for() -> None:
 
 
 def test_every_folder_has_its_place_in_the_docs() -> None:
-    page = ROOT / "docs" / "architecture.md"
-    if not page.exists():
-        pytest.skip("docs/architecture.md is not written yet")
-    text = page.read_text()
+    text = (ROOT / "docs" / "architecture.md").read_text()
     folders = [path for path in SOURCE.iterdir() if path.is_dir() and (path / "__init__.py").exists()]
     assert [folder.name for folder in folders if f"{folder.name}/" not in text] == []
+
+
+def test_user_code_loads_no_server_and_no_framework() -> None:
+    show = "import snowdrop as sd, sys; sd.service, sd.Scale, sd.Model; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", show], check=True, capture_output=True, text=True)
+    loaded = set(done.stdout.split())
+    assert "snowdrop" in loaded
+    heavy = {"aiohttp", "uvicorn", "typer", "rich", "torch", "numpy", "snowdrop.gateway", "snowdrop.control"}
+    assert not loaded & heavy
