@@ -98,7 +98,7 @@ async def test_a_life_from_boot_to_drained(tmp_path: Path) -> None:
 
 async def _appears(path: Path) -> None:
     with anyio.fail_after(10):
-        while not path.exists():  # noqa: ASYNC110 -- another process makes it
+        while not path.exists():
             await anyio.sleep(0.005)
 
 

@@ -96,17 +96,25 @@ class TestDeployments:
         await state.put_replica(report(state=ReplicaState.STOPPED))
         await state.put_receipt(receipt())
         await state.append_usage((usage(1),))
-        assert await state.delete_deployment(DEFAULT_TENANT, NAME) is True
-        assert await state.delete_deployment(DEFAULT_TENANT, NAME) is False
+        assert await state.delete_deployment(DEFAULT_TENANT, NAME, expected_generation=1) is True
+        assert await state.delete_deployment(DEFAULT_TENANT, NAME, expected_generation=1) is False
         assert await state.list_deployments(None) == []
         assert await state.list_revisions(DEFAULT_TENANT, NAME) == []
         assert await state.list_receipts(DEFAULT_TENANT, NAME, limit=9) == [receipt()]
         assert len(await state.list_replicas(DEFAULT_TENANT, NAME, ended=True, limit=9)) == 1
         assert len(await state.usage_totals(DEFAULT_TENANT)) == 1
 
+    async def test_a_delete_of_an_older_generation_removes_nothing(self, state: StateStore) -> None:
+        await state.put_revision(revision())
+        await state.put_deployment(deployment(generation=1), expected_generation=0)
+        await state.put_deployment(deployment(generation=2), expected_generation=1)
+        assert await state.delete_deployment(DEFAULT_TENANT, NAME, expected_generation=1) is False
+        assert [d.generation for d in await state.list_deployments(None)] == [2]
+        assert len(await state.list_revisions(DEFAULT_TENANT, NAME)) == 1
+
     async def test_can_be_made_again_after_it_was_deleted(self, state: StateStore) -> None:
         await state.put_deployment(deployment(generation=1), expected_generation=0)
-        await state.delete_deployment(DEFAULT_TENANT, NAME)
+        await state.delete_deployment(DEFAULT_TENANT, NAME, expected_generation=1)
         await state.put_deployment(deployment(generation=1), expected_generation=0)
         assert [d.name for d in await state.list_deployments(DEFAULT_TENANT)] == [NAME]
 
@@ -215,7 +223,7 @@ class TestTenants:
         assert await state.usage_totals(OTHER) == []
         assert await state.list_keys(OTHER) == []
         assert await state.delete_model(OTHER, ModelName("minilm")) is False
-        assert await state.delete_deployment(OTHER, NAME) is False
+        assert await state.delete_deployment(OTHER, NAME, expected_generation=1) is False
         assert await state.delete_key(OTHER, "ci") is False
         assert await state.get_deployment(DEFAULT_TENANT, NAME) == deployment()
 
@@ -233,7 +241,7 @@ class TestTenants:
         assert [d.tenant for d in await state.list_deployments(None)] == ["default", "other"]
         living = await state.list_replicas(OTHER, NAME, ended=False, limit=9)
         assert [r.key.replica for r in living] == ["rep-2"]
-        await state.delete_deployment(OTHER, NAME)
+        await state.delete_deployment(OTHER, NAME, expected_generation=1)
         assert await state.get_revision(DEFAULT_TENANT, NAME, RevisionId("rev-1")) is not None
 
 

@@ -197,7 +197,7 @@ async def test_replicas_of_an_earlier_life_are_adopted(bench: Bench) -> None:
 
 
 async def test_replicas_without_a_deployment_are_drained(bench: Bench) -> None:
-    await bench.state.delete_deployment(*KEY)
+    await bench.state.delete_deployment(*KEY, expected_generation=1)
     del bench.world.deployments[KEY]
     bench.hear("rep-orphan", ReplicaState.READY)
     await run_briefly(bench, lambda: bool(bench.sent))
@@ -300,7 +300,7 @@ async def test_one_failing_deployment_does_not_stop_the_loop(
 ) -> None:
     tries: list[object] = []
 
-    async def full(*key: object) -> bool:
+    async def full(*key: object, expected_generation: int) -> bool:
         tries.append(key)
         raise StorageFullError("full")
 

@@ -62,7 +62,7 @@ def test_without_cgroups_the_fallback_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_sandbox_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def inside(_code: str) -> tuple[str, str]:
+    async def inside(_code: str, _bwrap: str) -> tuple[str, str]:
         return "bwrap: Operation not permitted", ""
 
     monkeypatch.setattr(isolation, "_run_inside", inside)

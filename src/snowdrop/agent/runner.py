@@ -6,6 +6,7 @@ process) runs in tasks of the same group and posts events. Every state that coul
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 
@@ -18,9 +19,11 @@ from snowdrop.agent.sandboxed import Sandboxed, replica_content
 from snowdrop.domain.errors import ErrorBody, ReplicaDiedError, SnowdropError, TimedOutError
 from snowdrop.domain.receipt import ContentBytes, Span
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
-from snowdrop.policy.lifecycle import Event, Instruction, ReplicaMachine, step
+from snowdrop.policy.lifecycle import Event, Instruction, ReplicaMachine, fail, step
 from snowdrop.wire.control import StartReplica
 from snowdrop.wire.replica import Booted, Drained, FromReplica, Imported, Ready, StageFailed, WaitForDirectory
+
+log = logging.getLogger("snowdrop.agent")
 
 EVENTS_MAX = 64
 CLEAN_UP_S_MAX = 15.0
@@ -86,11 +89,26 @@ class ReplicaRunner:
                 while self._machine.state not in TERMINAL_STATES:
                     await self._apply(await self._next(), tasks)
                 tasks.cancel_scope.cancel()
+        except Exception as error:  # noqa: BLE001 -- a bug met by one replica must not end the node's others
+            self._crash(error)
         finally:
             self._send.close()
             self._events.close()
             with anyio.move_on_after(CLEAN_UP_S_MAX, shield=True):
                 await self._sandboxed.close()
+
+    def _crash(self, error: Exception) -> None:
+        """Something that no table foresees: the replica fails, and the log has the whole story."""
+        log.exception("replica %s failed inside the agent", self.order.key.replica, exc_info=error)
+        if self._machine.state in TERMINAL_STATES:
+            return
+        reason = f"internal error of the agent: {type(error).__name__}"
+        self._error = SnowdropError(
+            reason, where=f"replica {self.order.key.replica}", next_step="please report it with the agent's log"
+        ).body()
+        self._machine = fail(self._machine, reason=reason, now_unix_ns=time.time_ns())
+        self._ended_unix_ns = time.time_ns()
+        self._context.on_change(self.report)
 
     # --- the loop -----------------------------------------------------------------------------------------
 

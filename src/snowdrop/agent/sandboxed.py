@@ -244,6 +244,14 @@ async def replica_content(order: StartReplica, context: NodeContext, sandboxed: 
     """Brings code and models to the node, all at once, pinned for the replica."""
     spans: list[Span] = []
     total = ContentBytes()
+    failed: list[SnowdropError] = []
+
+    async def bring_or_stop(name: str | None) -> None:
+        try:
+            await bring(name)
+        except SnowdropError as error:
+            failed.append(error)
+            tasks.cancel_scope.cancel()  # one that fails is enough: the rest is not worth fetching
 
     async def bring(name: str | None) -> None:
         nonlocal total
@@ -263,17 +271,9 @@ async def replica_content(order: StartReplica, context: NodeContext, sandboxed: 
             for span in content.spans
         )
 
-    try:
-        async with anyio.create_task_group() as tasks:
-            for name in (None, *(bound.name for bound in order.revision.models)):
-                tasks.start_soon(bring, name)
-    except* SnowdropError as group:
-        raise _first(group) from group
+    async with anyio.create_task_group() as tasks:
+        for name in (None, *(bound.name for bound in order.revision.models)):
+            tasks.start_soon(bring_or_stop, name)
+    if failed:
+        raise failed[0]
     return Landed(content=total, spans=tuple(spans))
-
-
-def _first(group: BaseExceptionGroup[SnowdropError]) -> SnowdropError:
-    """The first typed error of a group: one is enough to say why a replica cannot start."""
-    for error in group.exceptions:
-        return _first(error) if isinstance(error, BaseExceptionGroup) else error
-    raise AssertionError("an exception group is never empty")

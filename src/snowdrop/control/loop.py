@@ -159,8 +159,11 @@ class ControlLoop:
         for order in orders:
             self.send_agent(order.node, order.message)
         if entry.deployment.deleting and not any(True for _ in self.world.replicas_of(key)):
-            await self.state.delete_deployment(*key)
-            del self.world.deployments[key]
+            # Fenced: if it was deployed anew meanwhile, the new deployment stays.
+            generation = entry.deployment.generation
+            gone = await self.state.delete_deployment(*key, expected_generation=generation)
+            if gone and self.world.deployments.get(key) is entry and entry.deployment.generation == generation:
+                del self.world.deployments[key]
         self.publish(key)
 
     def _drain_orphans(self, key: DeploymentKey) -> None:

@@ -102,7 +102,7 @@ def _view(world: World, name: ReplicaId, replica: ReplicaEntry) -> reconcile.Rep
         id=name,
         revision=replica.revision,
         state=replica.state,
-        in_flight=0 if len(replica.idle_at) >= len(world.gateways) else 1,
+        in_flight=world.in_flight_at(replica.key, name),
         age=replica.age,
         draining_ordered=bool(replica.draining),
     )

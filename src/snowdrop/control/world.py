@@ -98,6 +98,10 @@ class World:
         in_flight, queued = sum(load.in_flight for load in loads), sum(load.queued for load in loads)
         return in_flight, queued, sum(load.peak for load in loads)
 
+    def in_flight_at(self, key: DeploymentKey, replica: ReplicaId) -> int:
+        """Requests that gateways have at one replica."""
+        return sum(loads[key].busy.get(replica, 0) for loads in self.gateways.values() if key in loads)
+
     def clear_peaks(self, key: DeploymentKey) -> None:
         """The decider has seen the peaks."""
         for loads in self.gateways.values():

@@ -290,6 +290,7 @@ class QueueCore:
                     peak=max(deployment.peak, in_flight + queued),
                     arrived=deployment.arrived,
                     refused=deployment.refused,
+                    busy={name: r.in_flight for name, r in deployment.replicas.items() if r.in_flight},
                 )
             )
             deployment.peak = deployment.reported = in_flight + queued

@@ -105,6 +105,15 @@ def step(
     after, instructions = row
     if after == machine.state:
         return machine, instructions
-    moved = Transition(unix_ns=now_unix_ns, before=machine.state, after=after, reason=reason)
-    history = (*machine.history, moved)[-HISTORY_MAX:]
-    return ReplicaMachine(after, reason, machine.version + 1, history), instructions
+    return _moved(machine, after, reason, now_unix_ns), instructions
+
+
+def fail(machine: ReplicaMachine, *, reason: str, now_unix_ns: int) -> ReplicaMachine:
+    """The machine failed from whatever state it was in: the only way past the table, for broken invariants."""
+    return _moved(machine, ReplicaState.FAILED, reason, now_unix_ns)
+
+
+def _moved(machine: ReplicaMachine, after: ReplicaState, reason: str, now_unix_ns: int) -> ReplicaMachine:
+    step_taken = Transition(unix_ns=now_unix_ns, before=machine.state, after=after, reason=reason)
+    history = (*machine.history, step_taken)[-HISTORY_MAX:]
+    return ReplicaMachine(after, reason, machine.version + 1, history)

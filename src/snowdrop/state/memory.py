@@ -67,10 +67,14 @@ class MemoryState:
         found = [d for d in self._deployments.values() if tenant in {None, d.tenant}]
         return sorted(found, key=lambda d: (d.tenant, d.name))
 
-    async def delete_deployment(self, tenant: TenantId, name: DeploymentName) -> bool:
+    async def delete_deployment(self, tenant: TenantId, name: DeploymentName, *, expected_generation: int) -> bool:
+        stored = self._deployments.get((tenant, name))
+        if stored is None or stored.generation != expected_generation:
+            return False
         for key in [k for k in self._revisions if k[:2] == (tenant, name)]:
             del self._revisions[key]
-        return self._deployments.pop((tenant, name), None) is not None
+        del self._deployments[tenant, name]
+        return True
 
     async def put_replica(self, report: ReplicaReport) -> None:
         stored = self._replicas.get(report.key.replica)

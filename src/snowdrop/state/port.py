@@ -59,8 +59,11 @@ class StateStore(Protocol):
         """Of one tenant, or of all for the reconcile loop; by tenant and name."""
         ...
 
-    async def delete_deployment(self, tenant: TenantId, name: DeploymentName) -> bool:
-        """Removes it and its revisions; receipts, replicas' history and usage stay. Whether it was there."""
+    async def delete_deployment(self, tenant: TenantId, name: DeploymentName, *, expected_generation: int) -> bool:
+        """Removes it and its revisions if it is still of that generation; receipts, replicas and usage stay.
+
+        Whether it was removed.
+        """
         ...
 
     async def put_replica(self, report: ReplicaReport) -> None:

@@ -15,7 +15,7 @@ import anyio.to_thread
 import msgspec
 
 from snowdrop.domain.deployment import Deployment, ModelRecord, Revision
-from snowdrop.domain.errors import ConflictError, SnowdropError, StorageFullError
+from snowdrop.domain.errors import ConflictError, SnowdropError, StorageFullError, UnavailableError
 from snowdrop.domain.ids import DeploymentName, ModelName, NodeId, ReceiptId, RevisionId, TenantId
 from snowdrop.domain.receipt import CallerTimes, Receipt
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport
@@ -133,10 +133,13 @@ class SqliteState:
         sql = "SELECT body FROM deployment WHERE ? IS NULL OR tenant=? ORDER BY tenant, name LIMIT ?"
         return await self._bodies(Deployment, sql, (tenant, tenant, LIST_MAX))
 
-    async def delete_deployment(self, tenant: TenantId, name: DeploymentName) -> bool:
+    async def delete_deployment(self, tenant: TenantId, name: DeploymentName, *, expected_generation: int) -> bool:
         def work(db: sqlite3.Connection) -> bool:
-            db.execute("DELETE FROM revision WHERE tenant=? AND deployment=?", (tenant, name))
-            return db.execute("DELETE FROM deployment WHERE tenant=? AND name=?", (tenant, name)).rowcount > 0
+            sql = "DELETE FROM deployment WHERE tenant=? AND name=? AND generation=?"
+            gone = db.execute(sql, (tenant, name, expected_generation)).rowcount > 0
+            if gone:
+                db.execute("DELETE FROM revision WHERE tenant=? AND deployment=?", (tenant, name))
+            return gone
 
         return await self._transaction(work)
 
@@ -287,4 +290,6 @@ class SqliteState:
             return StorageFullError(
                 f"cannot write state: {error}", where=str(self._path), next_step="free space on that disk"
             )
+        if error.sqlite_errorcode in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+            return UnavailableError(f"state database: {error}", where=str(self._path), next_step="try again")
         return SnowdropError(f"state database: {error}", where=str(self._path))

@@ -75,7 +75,8 @@ class UsageStored(Message, frozen=True, kw_only=True):
 class DeploymentLoad(msgspec.Struct, frozen=True, kw_only=True):
     """What one gateway holds for one deployment at this instant, and how many requests came since start.
 
-    `peak` is the highest in-flight + queued since the last report, so that a burst between two is not lost.
+    `peak` is the highest in-flight + queued since the last report, so that a burst between two is not lost;
+    `busy` has the requests in flight by replica, without those that have none.
     """
 
     tenant: TenantId
@@ -85,6 +86,7 @@ class DeploymentLoad(msgspec.Struct, frozen=True, kw_only=True):
     peak: int
     arrived: int
     refused: int
+    busy: dict[ReplicaId, int] = msgspec.field(default_factory=dict)
 
 
 class GatewayHello(Message, frozen=True, kw_only=True):
