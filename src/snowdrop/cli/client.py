@@ -11,7 +11,7 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from snowdrop.domain.errors import PlatformDownError, SnowdropError, error_from_body
+from snowdrop.domain.errors import PlatformDownError, ProtocolError, SnowdropError, error_from_body
 from snowdrop.domain.layout import StateLayout
 from snowdrop.wire.api import TENANT_HEADER, ApiError
 
@@ -55,12 +55,30 @@ class Client:
 
     def lines(self, *path: str, **query: Any) -> Iterator[bytes]:
         """The lines of a streaming answer, as they come, for as long as they come."""
-        with self._request("GET", path, None, query, None) as response:
-            yield from response
+        try:
+            with self._request("GET", path, None, query, None) as response:
+                yield from response
+        except http.client.HTTPException as error:
+            raise PlatformDownError(
+                "control went away while it answered", where="/".join(path), next_step="run the command again"
+            ) from error
 
     def _decoded(self, kind: type[T], method: str, path: tuple[str, ...], body: Any, query: dict[str, Any]) -> T:
-        with self._request(method, path, body, query, CALL_S_MAX) as response:
-            return msgspec.json.decode(response.read(), type=kind)
+        try:
+            with self._request(method, path, body, query, CALL_S_MAX) as response:
+                return msgspec.json.decode(response.read(), type=kind)
+        except (OSError, http.client.HTTPException) as error:
+            raise PlatformDownError(
+                f"control broke off its answer: {str(error) or type(error).__name__}",
+                where=str(self._layout.control_socket),
+                next_step="try again; if it stays so, see the logs in the state folder",
+            ) from error
+        except msgspec.DecodeError as error:
+            raise ProtocolError(
+                f"control's answer is not understood: {error}",
+                where="/".join(path),
+                next_step="command and platform differ in version: `snowdrop down`, then `snowdrop up`",
+            ) from error
 
     def _request(
         self, method: str, path: tuple[str, ...], body: Any, query: dict[str, Any], timeout_s: float | None

@@ -49,10 +49,19 @@ def resolve(
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     given = {name: value for name, value in flags.items() if value is not None}
-    state = given.get("state") or environ.get("SNOWDROP_STATE") or str(default_state())
-    layout = StateLayout(Path(state).expanduser().absolute())
     chosen = config or (Path(environ["SNOWDROP_CONFIG"]) if "SNOWDROP_CONFIG" in environ else None)
-    for name, value in flatten(_read_file(chosen or layout.config, required=chosen is not None)).items():
+    file_values = flatten(_read_file(chosen, required=True)) if chosen else {}
+    state = given.get("state") or environ.get("SNOWDROP_STATE") or file_values.get("state") or default_state()
+    layout = StateLayout(Path(state).expanduser().absolute())
+    if chosen is None:
+        file_values = flatten(_read_file(layout.config, required=False))
+        if "state" in file_values:
+            raise InvalidInputError(
+                "a settings file inside the state folder cannot say where that folder is",
+                where=str(layout.config),
+                next_step="use --state or SNOWDROP_STATE, or name the file with --config",
+            )
+    for name, value in file_values.items():
         values[name], sources[name] = value, str(chosen or layout.config)
     for name in names:
         variable = ENV_PREFIX + name.replace(".", "_").upper()
