@@ -7,12 +7,13 @@ from pathlib import Path
 
 import msgspec
 
-import snowdrop
 from snowdrop.agent.sandbox.launcher import Mount
 
 ROOT_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _HOST_FILES = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "ssl/certs", "ssl/openssl.cnf", "pki")
 HOSTNAME = "replica"
+PACKAGE = Path(__file__).resolve().parents[2]
+"""Snowdrop's own source, which may lie outside of the environment (an editable install)."""
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,7 +30,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
             Path(sys.base_prefix),
             Path(sys.base_prefix).resolve(),
             *_link_targets(Path(sys.executable)),
-            *(Path(place).resolve() for place in snowdrop.__path__),
+            PACKAGE,
         ]
         return cls(python=sys.executable, folders=_outermost(folders))
 
