@@ -26,7 +26,6 @@ from snowdrop.wire.replica import Booted, Drained, FromReplica, Imported, Ready,
 log = logging.getLogger("snowdrop.agent")
 
 EVENTS_MAX = 64
-CLEAN_UP_S_MAX = 15.0
 KILL_GRACE_S = 5.0
 """How long after its own drain bound a replica may take to say so before it is killed."""
 
@@ -57,6 +56,7 @@ class ReplicaRunner:
         self._ended_unix_ns = 0
         self._drain_s_max = order.revision.spec.drain_s_max
         self._entered_s = time.monotonic()
+        self._cut_off = ""
 
     @property
     def report(self) -> ReplicaReport:
@@ -94,19 +94,22 @@ class ReplicaRunner:
         finally:
             self._send.close()
             self._events.close()
-            with anyio.move_on_after(CLEAN_UP_S_MAX, shield=True):
-                await self._sandboxed.close()
+            await self._sandboxed.close()
 
     def _crash(self, error: Exception) -> None:
         """Something that no table foresees: the replica fails, and the log has the whole story."""
         log.exception("replica %s failed inside the agent", self.order.key.replica, exc_info=error)
         if self._machine.state in TERMINAL_STATES:
             return
-        reason = f"internal error of the agent: {type(error).__name__}"
-        self._error = SnowdropError(
-            reason, where=f"replica {self.order.key.replica}", next_step="please report it with the agent's log"
-        ).body()
-        self._machine = fail(self._machine, reason=reason, now_unix_ns=time.time_ns())
+        cause = _first_cause(error)
+        if not isinstance(cause, SnowdropError):
+            cause = SnowdropError(
+                f"internal error of the agent: {type(cause).__name__}",
+                where=f"replica {self.order.key.replica}",
+                next_step="please report it with the agent's log",
+            )
+        self._error = cause.body()
+        self._machine = fail(self._machine, reason=str(cause), now_unix_ns=time.time_ns())
         self._ended_unix_ns = time.time_ns()
         self._context.on_change(self.report)
 
@@ -144,6 +147,8 @@ class ReplicaRunner:
         self._machine, instructions = step(
             before, happened.event, reason=happened.reason, now_unix_ns=time.time_ns()
         )
+        if happened.event is Event.BOUND_EXCEEDED and self._machine.state is ReplicaState.DRAINING:
+            self._cut_off = f", drain_s_max={self._drain_s_max:g} being over"
         if self._machine is not before:
             self._entered_s = time.monotonic()
             if self._machine.state is ReplicaState.FAILED:
@@ -231,4 +236,11 @@ class ReplicaRunner:
             where=f"replica {self.order.key.replica}",
             next_step=f"`snowdrop logs {self.order.key.deployment}` shows its last words",
         )
-        self._post(Happened(event=Event.EXITED, reason=f"process {status}", error=error.body()))
+        self._post(Happened(event=Event.EXITED, reason=f"process {status}{self._cut_off}", error=error.body()))
+
+
+def _first_cause(error: Exception) -> Exception:
+    """The first error in the groups that task groups make."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -5,12 +5,14 @@ Owns descriptors and gives every one of them back in `close`, in whatever state 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import anyio
+import anyio.lowlevel
 import msgspec
 
 from snowdrop.agent.context import NodeContext
@@ -28,7 +30,7 @@ from snowdrop.agent.sandbox.launcher import (
     SandboxHandle,
     replica_entry,
 )
-from snowdrop.domain.errors import ErrorBody, NotFoundError, SandboxError, SnowdropError
+from snowdrop.domain.errors import ErrorBody, NotFoundError, ProtocolError, SandboxError, SnowdropError
 from snowdrop.domain.receipt import ContentBytes, Span
 from snowdrop.wire.codec import PROTOCOL_VERSION
 from snowdrop.wire.control import StartReplica
@@ -38,6 +40,12 @@ from snowdrop.wire.replica import FROM_REPLICA, Boot, DirectoryReady, Drain, Fro
 LISTEN_BACKLOG = 1024
 LAST_WORDS_S_MAX = 1.0
 """How long after its process is gone a replica's last messages may take to be read."""
+CLOSE_S_MAX = 10.0
+"""How long a sandbox may take to be taken down, and how long the data plane to hear of it."""
+MESSAGES_MAX = 1_000
+"""What a replica may say in its life; a healthy one says a handful."""
+
+log = logging.getLogger("snowdrop.agent")
 
 
 class Landed(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,13 +115,18 @@ class Sandboxed:
             await self._log.run()
 
     async def messages(self) -> AsyncIterator[FromReplica]:
-        """What the replica says, until its end of the channel is closed."""
+        """What the replica says, until its end of the channel is closed. Raises ProtocolError for nonsense."""
+        heard = 0
         try:
             while self._channel is not None:
                 message, fds = await self._channel.receive()
                 for fd in fds:
                     os.close(fd)  # a replica has nothing to hand us
+                heard += 1
+                if heard > MESSAGES_MAX:
+                    raise ProtocolError("the replica floods the agent", where=f"messages_max={MESSAGES_MAX}")
                 yield message
+                await anyio.lowlevel.checkpoint()  # one that always has more to say must not hold up the others
         except (EOFError, OSError, anyio.ClosedResourceError):
             return
         finally:
@@ -150,25 +163,44 @@ class Sandboxed:
             self._handle.kill()
 
     async def close(self) -> None:
-        """Ends what still runs, gives back everything."""
-        if self._handle is not None:
-            await self._handle.close()
+        """Ends what still runs, gives back everything. Each part is bounded and none prevents the next."""
+        try:
+            with anyio.move_on_after(CLOSE_S_MAX, shield=True):
+                await self._close_sandbox()
+        finally:
+            self._close_sockets()
+            self._close_areas()
+            await self._close_log()
+            with anyio.move_on_after(CLOSE_S_MAX, shield=True), suppress(SnowdropError):
+                # A data plane that is gone holds no pins.
+                data_plane = await self._context.data_plane()
+                await data_plane.release(self._order.key.replica)
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    async def _close_sandbox(self) -> None:
+        try:
+            if self._handle is not None:
+                await self._handle.close()
+        except Exception:  # a process stuck in the kernel, a group that stays: the others live on
+            log.exception("the sandbox of %s cannot be closed", self._order.key.replica)
+
+    def _close_sockets(self) -> None:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
         if self._listener is not None:
             self._listener.close()
             self._context.socket_path(self._order.key).unlink(missing_ok=True)
-        self._close_areas()
-        if self._log is not None:
-            with anyio.move_on_after(LAST_WORDS_S_MAX):
-                await self._log.run()  # what is still in the pipes
-            self._log.close()
-        with suppress(SnowdropError):  # a data plane that is gone holds no pins
-            data_plane = await self._context.data_plane()
-            await data_plane.release(self._order.key.replica)
 
-    # --- inside -------------------------------------------------------------------------------------------
+    async def _close_log(self) -> None:
+        if self._log is None:
+            return
+        try:
+            with anyio.move_on_after(LAST_WORDS_S_MAX, shield=True):
+                await self._log.run()  # what is still in the pipes
+        finally:
+            self._log.close()
 
     def _listen(self) -> socket.socket:
         """The socket that gateways connect to. The replica gets it open, so it needs no writable folder."""
