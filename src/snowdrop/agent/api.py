@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import msgspec
 from aiohttp import web
 from anyio.streams.memory import MemoryObjectSendStream
 
 from snowdrop.agent.context import log_folder
 from snowdrop.agent.logs import LogLine, follow, read
+from snowdrop.domain.errors import InvalidInputError
 
 FOLLOWED_MAX = 32
 NEW_LOG_POLL_S = 0.3
 LINES_BUFFERED_MAX = 1_000
 TAIL_LINES_MAX = 100_000
+TAIL_DIGITS_MAX = 9
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class ReplicaLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,13 +37,16 @@ def build_agent_api(logs: Path, is_living: Callable[[str], bool]) -> web.Applica
     """`GET /logs/{tenant}/{deployment}?tail=N&follow=0|1&replica=ID`."""
 
     async def get_logs(request: web.Request) -> web.StreamResponse:
-        folder = log_folder(logs, request.match_info["tenant"], request.match_info["deployment"])
-        tail = min(int(request.query.get("tail", "100")), TAIL_LINES_MAX)
+        try:
+            folder = _folder(logs, request.match_info["tenant"], request.match_info["deployment"])
+            tail = _tail(request.query.get("tail", "100"))
+        except InvalidInputError as error:
+            return web.json_response({"error": msgspec.to_builtins(error.body())}, status=error.http_status)
         only = request.query.get("replica")
         answer = web.StreamResponse(headers={"content-type": "application/x-ndjson"})
         await answer.prepare(request)
         if request.query.get("follow") != "1":
-            for line in _read_all(folder, only, tail):
+            for line in await anyio.to_thread.run_sync(_read_all, folder, only, tail):
                 await answer.write(msgspec.json.encode(line) + b"\n")
         else:
             await _follow_all(answer, folder, only, tail, is_living)
@@ -50,9 +58,31 @@ def build_agent_api(logs: Path, is_living: Callable[[str], bool]) -> web.Applica
     return app
 
 
+def _folder(logs: Path, tenant: str, deployment: str) -> Path:
+    for text in (tenant, deployment):
+        if not _NAME.fullmatch(text):
+            raise InvalidInputError(f"{text[:80]!r} is not a name", where="path", next_step="see `snowdrop ps`")
+    return log_folder(logs, tenant, deployment)
+
+
+def _tail(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise InvalidInputError(
+            f"{text[:20]!r} is not a number of lines", where="tail", next_step=f"0 to {TAIL_LINES_MAX}"
+        )
+    return min(int(text[:TAIL_DIGITS_MAX]), TAIL_LINES_MAX)
+
+
 def _paths(folder: Path, only: str | None) -> list[Path]:
     found = [path for path in folder.glob("*.log") if only in {None, path.stem}]
-    return sorted(found, key=lambda path: path.stat().st_mtime)[-FOLLOWED_MAX:]
+    return sorted(found, key=_changed_s)[-FOLLOWED_MAX:]
+
+
+def _changed_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # removed meanwhile, to keep the number of logs bounded
+        return 0.0
 
 
 def _read_all(folder: Path, only: str | None, tail: int) -> list[ReplicaLine]:
@@ -82,7 +112,7 @@ async def _follow_all(
             first = TAIL_LINES_MAX  # a log that appears while we look is new from its first line
             await anyio.sleep(NEW_LOG_POLL_S)
 
-    async with anyio.create_task_group() as tasks, lines:
+    async with anyio.create_task_group() as tasks, send, lines:
         tasks.start_soon(find_new, send)
         async for line in lines:
             await answer.write(msgspec.json.encode(line) + b"\n")

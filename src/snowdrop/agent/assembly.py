@@ -72,7 +72,7 @@ async def run_agent(
         async with serving_unix(api, layout.agent_socket), anyio.create_task_group() as background:
             await background.start(keeper.run)
             node.bind(context, background)
-            background.start_soon(link.run, node, journal)
+            background.start_soon(link.run, node)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(until_stopped, tasks.cancel_scope)
                 tasks.start_soon(node.meter)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import anyio
-import anyio.to_thread
 
 from snowdrop.agent.node import Node
 from snowdrop.domain.deployment import NodeRecord
+from snowdrop.domain.errors import ProtocolError
 from snowdrop.domain.replica import ReplicaReport
-from snowdrop.metering.journal import UsageJournal
 from snowdrop.wire.codec import PROTOCOL_VERSION, Message
 from snowdrop.wire.control import TO_AGENT, AgentHello, ReplicaChanged, ToAgent, UsageBatch
 from snowdrop.wire.stream import MessageStream
@@ -16,6 +17,8 @@ from snowdrop.wire.stream import MessageStream
 RECONNECT_S = 0.1
 OUTBOX_MAX = 10_000
 HELLO_REPLICAS_MAX = 2_000
+
+log = logging.getLogger("snowdrop.agent")
 
 
 class AgentLink:
@@ -30,7 +33,7 @@ class AgentLink:
         self._usage_ready = True
         self._wake = anyio.Event()
 
-    async def run(self, node: Node, journal: UsageJournal) -> None:
+    async def run(self, node: Node) -> None:
         """For ever; ends with ProtocolError if control refuses this agent."""
         node.changed = self._changed
         node.usage_ready = self._usage
@@ -40,7 +43,7 @@ class AgentLink:
             except OSError:
                 await anyio.sleep(RECONNECT_S)
                 continue
-            await self._connected(MessageStream(stream, TO_AGENT), node, journal)
+            await self._connected(MessageStream(stream, TO_AGENT), node)
             await anyio.sleep(RECONNECT_S)
 
     def _changed(self, report: ReplicaReport) -> None:
@@ -53,7 +56,7 @@ class AgentLink:
         self._usage_ready = True
         self._wake.set()
 
-    async def _connected(self, messages: MessageStream[ToAgent], node: Node, journal: UsageJournal) -> None:
+    async def _connected(self, messages: MessageStream[ToAgent], node: Node) -> None:
         try:
             self._outbox.clear()
             await messages.send(
@@ -67,8 +70,8 @@ class AgentLink:
             )
             self._usage()
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._write, messages, journal)
-                async for message in messages:
+                tasks.start_soon(self._write, messages, node)
+                while (message := await _next(messages)) is not None:
                     await node.handle(message)
                     self._usage()  # more may be pending than one batch held
                 tasks.cancel_scope.cancel()
@@ -77,7 +80,7 @@ class AgentLink:
         finally:
             await messages.aclose()
 
-    async def _write(self, messages: MessageStream[ToAgent], journal: UsageJournal) -> None:
+    async def _write(self, messages: MessageStream[ToAgent], node: Node) -> None:
         sent_sequence = 0
         while True:
             await self._wake.wait()
@@ -88,9 +91,20 @@ class AgentLink:
                     await messages.send(message)
                 if self._usage_ready:
                     self._usage_ready = False
-                    records = await anyio.to_thread.run_sync(journal.pending)
+                    records = await node.usage_pending()
                     if records and records[-1].sequence > sent_sequence:
                         await messages.send(UsageBatch(records=records))
                         sent_sequence = records[-1].sequence
             except anyio.BrokenResourceError:
                 return
+
+
+async def _next(messages: MessageStream[ToAgent]) -> ToAgent | None:
+    """What control sends next; None when it is gone, or when what it sends makes no sense."""
+    try:
+        return await messages.receive()
+    except (anyio.EndOfStream, anyio.ClosedResourceError):
+        return None
+    except ProtocolError as error:
+        log.error("control link: %s; connecting again", error)
+        return None

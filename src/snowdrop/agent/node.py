@@ -6,6 +6,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import anyio
 import anyio.abc
@@ -18,6 +19,7 @@ from snowdrop.agent.runner import ReplicaRunner
 from snowdrop.domain.errors import ProtocolError, SnowdropError
 from snowdrop.domain.ids import ReplicaId
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
+from snowdrop.domain.usage import UsageRecord
 from snowdrop.metering.journal import UsageJournal, lost_usage
 from snowdrop.metering.meter import UsageDraft, content_bytes, replica_time
 from snowdrop.wire.control import DrainReplica, LinkRefused, StartReplica, ToAgent, UsageStored
@@ -26,6 +28,7 @@ ENDED_KEPT_MAX = 500
 """Ended replicas told again in each hello, so that a control that was away learns how they ended."""
 
 log = logging.getLogger("snowdrop.agent")
+Result = TypeVar("Result")
 
 
 class Node:
@@ -76,21 +79,25 @@ class Node:
                 runner.drain(message.reason, message.drain_s_max)
         elif isinstance(message, UsageStored):
             if message.source == self._journal.source:
-                await self._write(self._journal.acknowledge, message.sequence)
+                await self._acknowledge(message.sequence)
         elif isinstance(message, LinkRefused):
             raise ProtocolError(message.error.message, where="control link", next_step=message.error.next_step)
 
     async def renew_pins(self, plane: DataPlane) -> None:
         """A new data plane knows no pins: asks again for all that living replicas use."""
         for runner in list(self._runners.values()):
-            order, state = runner.order, runner.report.state
-            if state in TERMINAL_STATES or state is ReplicaState.MOUNTING:
-                continue
+            order = runner.order
+            if runner.report.state is ReplicaState.MOUNTING:
+                continue  # its own requests fail or reach the new one
             for artefact in (order.revision.code, *(bound.artefact for bound in order.revision.models)):
+                if runner.report.state in TERMINAL_STATES:
+                    break
                 try:
                     await plane.ensure(order.key.tenant, artefact.manifest, order.key.replica, map_tensors=False)
                 except SnowdropError as error:
                     log.warning("pins of %s: %s", order.key.replica, error)
+            if runner.report.state in TERMINAL_STATES:
+                await plane.release(order.key.replica)  # its own release may have come before the last pin
 
     async def meter(self) -> None:
         """Records the time since the last record, for ever."""
@@ -100,7 +107,7 @@ class Node:
 
     async def meter_once(self) -> None:
         """Makes what ran since the last call durable; what cannot be written now is in the next record."""
-        ends, self._unmetered_ends = self._unmetered_ends, []
+        ends = tuple(self._unmetered_ends)  # taken off the list only once they are durable
         # An ended runner may still be cleaning up; its end is metered from `ends`, once.
         living = [
             r for r in (runner.report for runner in self._runners.values()) if r.state not in TERMINAL_STATES
@@ -117,24 +124,32 @@ class Node:
                 drafts += content_bytes(
                     report.key, report.content, from_unix_ns=report.started_unix_ns, to_unix_ns=now_unix_ns
                 )
-        if not drafts:
-            return
-        try:
-            await self._write(self._journal.append, drafts)
-        except sqlite3.Error as error:
-            log.warning("%s", lost_usage(error))
-            self._unmetered_ends = ends + self._unmetered_ends
-            return
+        if drafts:
+            try:
+                await self._write(self._journal.append, drafts)
+            except sqlite3.Error as error:
+                log.warning("%s", lost_usage(error))
+                return
         for draft in drafts:
             if draft.unit == "replica_ns":
                 self._metered[draft.key.replica] = draft.to_unix_ns
             else:
                 self._content_metered.add(draft.key.replica)
+        del self._unmetered_ends[: len(ends)]
         for report in ends:
             self._metered.pop(report.key.replica, None)
             self._content_metered.discard(report.key.replica)
-            await self._write(self._journal.forget, report.key.replica)
-        self.usage_ready()
+        if drafts:
+            self.usage_ready()
+        await self._forget(ends)
+
+    async def usage_pending(self) -> tuple[UsageRecord, ...]:
+        """What control has not confirmed; none while the journal cannot be read."""
+        try:
+            return await self._write(self._journal.pending)
+        except sqlite3.Error as error:
+            log.warning("usage journal: %s; it is read again with the next record", error)
+            return ()
 
     async def stop(self, stop_s_max: float) -> None:
         """Drains every replica within the bound and records the end of each."""
@@ -167,9 +182,23 @@ class Node:
             while len(self._ended) > ENDED_KEPT_MAX:
                 del self._ended[next(iter(self._ended))]
 
-    async def _write(self, work: Callable[..., None], *arguments: object) -> None:
-        # One connection, one thread at a time: SQLite transactions must not interleave.
-        await anyio.to_thread.run_sync(work, *arguments, limiter=self._one_write)
+    async def _acknowledge(self, sequence: int) -> None:
+        try:
+            await self._write(self._journal.acknowledge, sequence)
+        except sqlite3.Error as error:
+            log.warning("usage journal: %s; the records are sent again, and control knows them", error)
+
+    async def _forget(self, ends: tuple[ReplicaReport, ...]) -> None:
+        try:
+            for report in ends:
+                await self._write(self._journal.forget, report.key.replica)
+        except sqlite3.Error as error:
+            log.warning("usage journal: %s; marks of ended replicas stay in it, harmless", error)
+
+    async def _write(self, work: Callable[..., Result], *arguments: object) -> Result:
+        # One connection, one thread at a time: transactions must not interleave, and nothing may be read
+        # that is not committed, or a number could be sent that is later given to another record.
+        return await anyio.to_thread.run_sync(work, *arguments, limiter=self._one_write)
 
 
 def _short(report: ReplicaReport) -> ReplicaReport:

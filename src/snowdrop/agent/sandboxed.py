@@ -196,6 +196,7 @@ class Sandboxed:
     async def _close_log(self) -> None:
         if self._log is None:
             return
+        self._log.close_writers()
         try:
             with anyio.move_on_after(LAST_WORDS_S_MAX, shield=True):
                 await self._log.run()  # what is still in the pipes
