@@ -71,6 +71,7 @@ class FakeReplica:
         self.dies_when_killed = True
         self.close_error: Exception | None = None
         self.close_hangs = False
+        self.close_released = anyio.Event()
         self.fds: tuple[int, ...] = ()
         (lifecycle,) = spec.descriptors
         self.sock = socket.socket(fileno=os.dup(lifecycle.fd))
@@ -135,7 +136,7 @@ class FakeReplica:
         self.closes += 1
         self.end(by_signal=signal.SIGKILL)
         if self.close_hangs:
-            await anyio.sleep_forever()
+            await self.close_released.wait()
         if self.close_error is not None:
             raise self.close_error
 
