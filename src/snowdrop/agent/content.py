@@ -5,6 +5,7 @@ Areas that replicas have mapped stay valid without the data plane; its pins do n
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -18,6 +19,8 @@ from snowdrop.domain.errors import PlatformDownError
 WAIT_S_MAX = 10.0
 RESTART_S = 0.2
 EXIT_S_MAX = 5.0
+
+log = logging.getLogger("snowdrop.agent")
 
 
 class DataPlaneKeeper:
@@ -48,7 +51,14 @@ class DataPlaneKeeper:
     async def run(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         first = True
         while True:
-            process, plane = await start_process(self._settings)
+            try:
+                process, plane = await start_process(self._settings)
+            except OSError as error:
+                if first:
+                    raise
+                log.error("the data plane cannot be started: %s; trying again", error)
+                await anyio.sleep(RESTART_S)
+                continue
             async with process:
                 try:
                     async with anyio.create_task_group() as tasks:

@@ -105,18 +105,25 @@ class Supervisor:
         """Starts a process and waits until it says that it is ready. Raises TimedOutError or PlatformDownError."""
         reader, writer = os.pipe()
         log_path = self._layout.process_logs / f"{name}.log"
-        _rotate(log_path)
         try:
-            fds = (writer, self._listener.fileno())
-            self._processes[name] = _spawn(self._command(name, writer), log_path, fds)
-        finally:
-            os.close(writer)
-        try:
+            try:
+                _rotate(log_path)
+                said_bytes = _size_bytes(log_path)
+                fds = (writer, self._listener.fileno())
+                self._processes[name] = _spawn(self._command(name, writer), log_path, fds)
+            except OSError as error:
+                raise PlatformDownError(
+                    f"{name} cannot be started: {error}",
+                    where=str(error.filename or log_path),
+                    next_step="free what is short (memory, processes, disk), or repair the installation",
+                ) from error
+            finally:
+                os.close(writer)
             with anyio.fail_after(READY_S_MAX):
                 await anyio.wait_readable(reader)
             if not os.read(reader, 1):
                 raise PlatformDownError(
-                    f"{name} ended while it started: {_last_line(log_path)}",
+                    f"{name} ended while it started: {_last_line(log_path, said_bytes)}",
                     where=str(log_path),
                     next_step="the file has the whole story",
                 )
@@ -145,7 +152,10 @@ class Supervisor:
             except SnowdropError as error:
                 log.error("%s", error)
                 self._processes[name].kill()
-            self._write_record()
+            try:
+                self._write_record()
+            except OSError as error:  # a full disk must not end what runs
+                log.error("cannot write %s: %s", self._layout.platform, error)
 
     async def _stop_all(self) -> None:
         """In order, so that requests end before replicas, and replicas before the one who records it."""
@@ -200,6 +210,11 @@ def _rotate(path: Path) -> None:
         path.replace(path.with_suffix(".log.1"))
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
+def _size_bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _last_line(path: Path, from_bytes: int) -> str:
+    """What was said last after the first `from_bytes` bytes, which are of earlier runs."""
+    lines = path.read_bytes()[from_bytes:].decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else "it said nothing"
