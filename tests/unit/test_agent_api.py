@@ -148,7 +148,7 @@ class TestFollow:
             assert await self.line(response) == "this"
 
     async def test_a_deployment_that_has_no_log_yet(self, bench: LogBench) -> None:
-        async with bench.serving() as session, session.get("/logs/default/fresh?follow=1&tail=0") as response:
+        async with bench.serving() as session, session.get("/logs/default/fresh?follow=1") as response:
             bench.alive = {"rep-5"}
             bench.write("rep-5", (1, "first"), name="fresh")
             assert await self.line(response) == "first"

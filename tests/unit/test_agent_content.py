@@ -47,7 +47,13 @@ class FakePlane:
 
 class KeeperBench:
     def __init__(self, folder: Path) -> None:
-        settings = DataPlaneSettings(origin_url="file:///nowhere", cache_directory=str(folder))
+        settings = DataPlaneSettings(
+            origin_url="file:///nowhere",
+            cache_directory=str(folder),
+            ram_bytes_max=1,
+            disk_bytes_max=1,
+            fetch_threads=1,
+        )
         self.keeper = DataPlaneKeeper(settings, self.renew)
         self.started: list[tuple[FakeProcess, FakePlane]] = []
         self.renewed: list[FakePlane] = []
