@@ -156,13 +156,15 @@ class Api:
         if node is None:
             raise PlatformDownError("no node is connected", where="agent", next_step="`snowdrop up` starts it")
         url = f"http://agent/logs/{tenant}/{name}"
-        answer = web.StreamResponse(headers={"content-type": "application/x-ndjson"})
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
         connector = aiohttp.UnixConnector(path=node.api_socket)
         async with (
             aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
             session.get(url, params=request.query) as response,
         ):
+            answer = web.StreamResponse(
+                status=response.status, headers={"content-type": response.headers["content-type"]}
+            )
             await answer.prepare(request)
             async for chunk in response.content.iter_any():
                 await answer.write(chunk)
