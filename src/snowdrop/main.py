@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--state", required=True)
     parser.add_argument("--ready-fd", type=int, required=True)
     parser.add_argument("--listen-fd", type=int, default=-1)
+    parser.add_argument("--lock-fd", type=int, default=-1)
     parser.add_argument("--worker", default="worker-0")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -99,6 +100,8 @@ async def _supervise(layout: StateLayout, settings: Settings, arguments: argpars
         base = [sys.executable, "-m", "snowdrop.main", name, "--state", str(layout.root)]
         return [*base, "--ready-fd", str(ready_fd), "--listen-fd", str(arguments.listen_fd)]
 
+    os.set_inheritable(arguments.lock_fd, False)  # held to the end of this process, by nobody else
+    layout.platform.unlink(missing_ok=True)  # of a platform that was killed
     with socket.socket(fileno=arguments.listen_fd) as listener:
         supervisor = Supervisor(layout, settings, listener, command)
         await supervisor.run(lambda: _say_ready(arguments))

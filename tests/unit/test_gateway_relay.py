@@ -58,7 +58,6 @@ class Broker:
             request_s_max=self.request_s_max,
             granted_unix_ns=now,
             receipt=replica_route().receipt if self.cold else None,
-            first_served=self.cold,
             spans=spans if self.cold else (),
         )
         self.out[number] = granted
@@ -80,6 +79,7 @@ class Bench:
         self.folder = folder
         self.broker = Broker()
         self.client: aiohttp.ClientSession
+        self.connections = Connections()
         self.seen: list[web.Request] = []
 
     @asynccontextmanager
@@ -122,7 +122,7 @@ class Bench:
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     made = Bench(tmp_path)
-    connections = Connections()
+    connections = made.connections
     relay = Relay(made.broker, connections, request_bytes_max=BODY_BYTES_MAX)
     app = build_app(relay, ready=lambda: True)
     async with serving_unix(app, tmp_path / "gw.sock"):
@@ -391,3 +391,41 @@ async def test_an_old_client_gets_a_streamed_answer_too(bench: Bench) -> None:
     assert b" 200 " in head
     assert b"chunked" not in head.lower()
     assert body == b"old"
+
+
+async def test_a_body_that_never_comes_holds_no_slot(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a small one nor the start of a large one is waited for without bound, nor under a lease."""
+    monkeypatch.setattr("snowdrop.gateway.bodies.BODY_STALL_S_MAX", 0.05)
+
+    async def silent() -> AsyncIterator[bytes]:
+        yield b"x"
+        await anyio.sleep_forever()
+
+    for length in ("100", "400000"):
+        async with bench.client.post("/e/x", data=silent(), headers={"content-length": length}) as answer:
+            assert answer.status == 504
+            assert (await answer.json())["error"]["kind"] == "timed_out"
+    assert not bench.broker.asked, "no slot was asked for"
+
+
+async def test_a_connection_in_use_outlives_the_sweep(bench: Bench) -> None:
+    """An answer may take longer than an idle connection is kept."""
+    begun, go_on = anyio.Event(), anyio.Event()
+
+    async def slow(_request: web.Request) -> web.Response:
+        begun.set()
+        await go_on.wait()
+        return web.Response(text="done")
+
+    async with bench.replica(slow), anyio.create_task_group() as tasks:
+
+        async def sweep() -> None:
+            await begun.wait()
+            await bench.connections.sweep(time.monotonic() + 10_000)
+            go_on.set()
+
+        tasks.start_soon(sweep)
+        async with bench.client.get("/e/x") as answer:
+            assert (answer.status, await answer.text()) == (200, "done")
+    await bench.connections.sweep(time.monotonic() + 10_000)
+    assert not bench.connections.open_paths

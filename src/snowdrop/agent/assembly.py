@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Coroutine
@@ -19,6 +20,7 @@ from snowdrop.agent.sandbox.bubblewrap import BubblewrapLauncher, UidPool, find_
 from snowdrop.agent.sandbox.detect import detect_limits
 from snowdrop.agent.sandbox.environment import Environment
 from snowdrop.agent.sandbox.launcher import Launcher
+from snowdrop.agent.sandbox.limits import LimitBackend
 from snowdrop.agent.sandbox.unsafe import PlainLauncher
 from snowdrop.content.settings import DataPlaneSettings
 from snowdrop.domain.deployment import NodeRecord
@@ -30,6 +32,9 @@ from snowdrop.wire.http import serving_unix
 
 MEMORY_KEPT_SHARE = 0.1
 """Part of the machine's memory that placement leaves to everything else."""
+
+UID_SLOTS = 16
+UIDS_EACH = 4096
 
 log = logging.getLogger("snowdrop.agent")
 
@@ -43,7 +48,10 @@ async def run_agent(
 ) -> None:
     """Runs until stopped; then drains every replica within `agent.stop_s_max`."""
     agent = settings.agent
-    launcher = make_launcher(agent, instance=f"{agent.node}-{os.getuid()}-{layout.root.name}")
+    # Of the whole path: another platform on this machine must not be taken for an earlier life of this one.
+    place = hashlib.sha256(str(layout.root).encode()).hexdigest()
+    limits = detect_limits(f"{agent.node}-{place[:12]}")
+    launcher = make_launcher(agent, limits, uid_slot=int(place[:4], 16) % UID_SLOTS)
     _sweep_sockets(layout.sockets)
     journal = UsageJournal(layout.journal, NodeId(agent.node))
     node = Node(journal, usage_tick_s=agent.usage_tick_s)
@@ -82,18 +90,22 @@ async def run_agent(
             background.cancel_scope.cancel()
     finally:
         journal.close()
+        limits.sweep()  # the groups of this life are empty now; they are not left for the next one
 
 
-def make_launcher(settings: AgentSettings, *, instance: str) -> Launcher:
-    """The launcher of this node; what a killed agent left of `instance` is removed first. Raises SandboxError."""
-    limits = detect_limits(instance)
+def make_launcher(settings: AgentSettings, limits: LimitBackend, *, uid_slot: int) -> Launcher:
+    """The launcher of this node; what a killed agent left is removed first. Raises SandboxError.
+
+    `uid_slot` keeps the uids of two platforms on one machine apart, as far as a hash can.
+    """
     swept = limits.sweep()
     if swept:
         log.warning("removed %d sandboxes that an earlier agent left", swept)
     if settings.unsafe_no_sandbox:
         log.warning("replicas run WITHOUT a sandbox: they can read and reach what this user can")
         return PlainLauncher(limits)
-    return BubblewrapLauncher(limits, bwrap=find_bwrap(settings.bwrap), uids=UidPool(settings.uid_base))
+    uids = UidPool(settings.uid_base + uid_slot * UIDS_EACH, UIDS_EACH)
+    return BubblewrapLauncher(limits, bwrap=find_bwrap(settings.bwrap), uids=uids)
 
 
 def node_record(settings: AgentSettings, launcher: Launcher) -> NodeRecord:

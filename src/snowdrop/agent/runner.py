@@ -75,6 +75,9 @@ class ReplicaRunner:
             sandbox=self._sandboxed.describe,
             started_unix_ns=self._started_unix_ns,
             ended_unix_ns=self._ended_unix_ns,
+            concurrency=self.order.revision.spec.concurrency,
+            drain_s_max=self.order.revision.spec.drain_s_max,
+            resources=self.order.revision.spec.resources,
         )
 
     def drain(self, reason: str, drain_s_max: float) -> None:

@@ -16,14 +16,15 @@ import typer
 from rich.text import Text
 
 from snowdrop.agent.probe import Probe, probe_sandbox, run_all
-from snowdrop.cli.output import Context, console, context, reported, say_json, table
+from snowdrop.cli.output import Context, console, context, errors, reported, say_json, table
+from snowdrop.content.origin import open_origin
 from snowdrop.domain.errors import PlatformDownError, SandboxError, SnowdropError, TimedOutError
-from snowdrop.engine.local import is_alive, read_record
+from snowdrop.engine.local import PlatformRecord, is_running, read_record, take_lock
 from snowdrop.wire.api import Info
 
 UP_S_MAX = 30.0
 DOWN_S_MAX = 90.0
-NODE_S_MAX = 5.0
+NODE_S_MAX = 20.0
 BACKLOG = 1024
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
@@ -44,14 +45,14 @@ def up(
         if unsafe_no_sandbox:
             flags["agent.unsafe_no_sandbox"] = True
         ctx = context(json=json, flags=flags)
-        running = read_record(ctx.layout)
-        if running is None:
-            _start(ctx)
+        started = _start(ctx)
         info = _wait_for_node(ctx)
         if ctx.json:
             say_json(info)
             return
-        verb = "is up" if running is None else "was up already"
+        if not started and any(value is not None for value in flags.values()):
+            errors.print("the options given have no effect on a platform that is up: `snowdrop down` first")
+        verb = "is up" if started else "was up already"
         console.print(Text.assemble(("Snowdrop ", "bold"), verb, f" at {info.gateway_url}"))
         console.print(f"  state    {info.state}")
         console.print(f"  replicas {info.sandbox.split(';')[0]}")
@@ -65,15 +66,7 @@ def down(json: JsonFlag = False) -> None:
         running = read_record(ctx.layout)
         if running is not None:
             os.kill(running.supervisor_pid, signal.SIGTERM)
-            limit_s = time.monotonic() + DOWN_S_MAX
-            while is_alive(running.supervisor_pid):
-                if time.monotonic() > limit_s:
-                    raise TimedOutError(
-                        f"the platform (pid {running.supervisor_pid}) still runs",
-                        where=f"down_s_max={DOWN_S_MAX:g}",
-                        next_step=f"see {ctx.layout.process_logs}, or kill -9 {running.supervisor_pid}",
-                    )
-                time.sleep(0.02)
+            _wait_for_end(ctx, running)
         if ctx.json:
             say_json({"stopped": running is not None})
         else:
@@ -119,24 +112,37 @@ def _print_probe(probe: Probe) -> None:
             console.print(Text.assemble(f"{'':23}", ("turn on: ", "bold"), probe.turn_on))
 
 
-def _start(ctx: Context) -> None:
-    """Starts the supervisor, detached, and waits until all processes are ready."""
+def _start(ctx: Context) -> bool:
+    """Starts the supervisor, detached, and waits until all processes are ready. False if a platform is up."""
     settings = ctx.resolved.settings
     ctx.layout.make()
-    if not settings.agent.unsafe_no_sandbox:
-        _require_sandbox(settings.agent.bwrap)
-    ctx.layout.settings.write_bytes(msgspec.json.encode(settings))
+    lock = take_lock(ctx.layout)
+    if lock is None:
+        return False
+    try:
+        open_origin(settings.content.origin_url)  # refuses one that this version cannot read
+        if not settings.agent.unsafe_no_sandbox:
+            _require_sandbox(settings.agent.bwrap)
+        ctx.layout.settings.write_bytes(msgspec.json.encode(settings))
+        with _listen(settings.gateway.host, settings.gateway.port) as listener:
+            _spawn_supervisor(ctx, listener, lock)
+    finally:
+        os.close(lock)  # the supervisor has its own copy
+    return True
+
+
+def _spawn_supervisor(ctx: Context, listener: socket.socket, lock: int) -> None:
     reader, writer = os.pipe()
     log_path = ctx.layout.process_logs / "supervisor.log"
-    with _listen(settings.gateway.host, settings.gateway.port) as listener, open(log_path, "ab") as output:
+    with open(log_path, "ab") as output:
         command = [sys.executable, "-m", "snowdrop.main", "supervise", "--state", str(ctx.layout.root)]
-        command += ["--ready-fd", str(writer), "--listen-fd", str(listener.fileno())]
+        command += ["--ready-fd", str(writer), "--listen-fd", str(listener.fileno()), "--lock-fd", str(lock)]
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            pass_fds=(writer, listener.fileno()),
+            pass_fds=(writer, listener.fileno(), lock),
             start_new_session=True,
         )
     os.close(writer)
@@ -149,6 +155,18 @@ def _start(ctx: Context) -> None:
             where=str(log_path),
             next_step="the files in that folder have the whole story",
         )
+
+
+def _wait_for_end(ctx: Context, running: PlatformRecord) -> None:
+    limit_s = time.monotonic() + DOWN_S_MAX
+    while is_running(ctx.layout):
+        if time.monotonic() > limit_s:
+            raise TimedOutError(
+                f"the platform (pid {running.supervisor_pid}) still runs",
+                where=f"down_s_max={DOWN_S_MAX:g}",
+                next_step=f"see {ctx.layout.process_logs}, or kill -9 {running.supervisor_pid}",
+            )
+        time.sleep(0.02)
 
 
 def _require_sandbox(bwrap: str) -> None:
@@ -169,10 +187,10 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
         raise SnowdropError(
-            f"the gateway cannot listen: {error.strerror}",
+            f"the gateway cannot listen: {getattr(error, 'strerror', None) or error}",
             where=f"gateway.host={host}, gateway.port={port}",
             next_step="choose another with --port (0 takes a free one), or stop what uses it",
         ) from error

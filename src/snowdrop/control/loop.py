@@ -18,7 +18,6 @@ from snowdrop.domain.deployment import Deployment
 from snowdrop.domain.errors import ReplicaDiedError, SnowdropError
 from snowdrop.domain.ids import NodeId, ReplicaId
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
-from snowdrop.domain.service import ResourceSpec
 from snowdrop.policy import restart
 from snowdrop.state.port import StateStore
 from snowdrop.wire.codec import Message
@@ -216,7 +215,9 @@ class ControlLoop:
             revision=report.key.revision,
             node=report.node,
             age=self.world.next_age(),
-            resources=deployment.revision.spec.resources if deployment else ResourceSpec(),
+            concurrency=report.concurrency,
+            drain_s_max=report.drain_s_max,
+            resources=report.resources,
             ordered_s=time.monotonic(),
             report=report,
             ready_s=time.monotonic() if report.state is ReplicaState.READY else None,

@@ -117,8 +117,7 @@ def _drains(world: World, entry: DeploymentEntry) -> list[Order]:
         quiet = replica.state is not ReplicaState.READY or set(world.gateways) <= replica.idle_at
         if quiet or not world.gateways:
             replica.drain_sent = True
-            bound_s = entry.revision.spec.drain_s_max
-            order = DrainReplica(replica=name, reason=replica.draining, drain_s_max=bound_s)
+            order = DrainReplica(replica=name, reason=replica.draining, drain_s_max=replica.drain_s_max)
             orders.append(Order(replica.node, order))
     return orders
 
@@ -141,6 +140,8 @@ def _starts(world: World, key: DeploymentKey, count: int, *, now_s: float, now_u
             revision=entry.revision.id,
             node=where.node,
             age=world.next_age(),
+            concurrency=spec.concurrency,
+            drain_s_max=spec.drain_s_max,
             resources=spec.resources,
             ordered_s=now_s,
             order=order,

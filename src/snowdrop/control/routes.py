@@ -25,16 +25,14 @@ def deployment_route(world: World, key: DeploymentKey) -> DeploymentRoute | None
         revision=entry.revision.id,
         queue=entry.revision.spec.queue,
         concurrency=entry.revision.spec.concurrency,
-        replicas=tuple(
-            _route(name, replica, entry) for name, replica in replicas if replica.state in KNOWN_STATES
-        ),
+        replicas=tuple(_route(name, replica) for name, replica in replicas if replica.state in KNOWN_STATES),
         starting=sum(1 for _, replica in replicas if replica.state in STARTING_STATES and not replica.draining),
         replicas_max=entry.scale.max,
         refusal=_refusal(entry, serving=serving),
     )
 
 
-def _route(name: ReplicaId, replica: ReplicaEntry, entry: DeploymentEntry) -> ReplicaRoute:
+def _route(name: ReplicaId, replica: ReplicaEntry) -> ReplicaRoute:
     report = replica.report
     if report is None:
         raise AssertionError("a replica is ready only by a report")
@@ -43,7 +41,7 @@ def _route(name: ReplicaId, replica: ReplicaEntry, entry: DeploymentEntry) -> Re
         replica=name,
         revision=replica.revision,
         socket_path=report.socket_path,
-        concurrency=entry.revision.spec.concurrency,
+        concurrency=replica.concurrency,
         accepting=report.state is ReplicaState.READY and not replica.draining,
         receipt=receipt_id_of(name),
         ready_unix_ns=ready,

@@ -31,6 +31,8 @@ class ReplicaEntry(msgspec.Struct):
     revision: RevisionId
     node: NodeId
     age: int
+    concurrency: int
+    drain_s_max: float
     resources: ResourceSpec
     ordered_s: float
     order: StartReplica | None = None

@@ -88,6 +88,11 @@ class StateLayout(msgspec.Struct, frozen=True):
         return self.run / "settings.json"
 
     @property
+    def lock(self) -> Path:
+        """Locked by the supervisor for as long as it lives: one platform per state folder."""
+        return self.run / "lock"
+
+    @property
     def platform(self) -> Path:
         """Who runs: supervisor and process ids, the gateway's address."""
         return self.run / "platform.json"

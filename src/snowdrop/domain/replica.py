@@ -7,6 +7,7 @@ import msgspec
 from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.ids import DeploymentName, NodeId, ReplicaId, RevisionId, TenantId
 from snowdrop.domain.receipt import ContentBytes, Span
+from snowdrop.domain.service import ResourceSpec
 
 
 class ReplicaState(StrEnum):
@@ -49,7 +50,8 @@ class Transition(msgspec.Struct, frozen=True, kw_only=True):
 class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
     """What the agent knows of a replica, whole, so that a report never has to be applied on top of another.
 
-    `version` grows with every change; a reader keeps the report with the higher one.
+    `version` grows with every change; a reader keeps the report with the higher one. The limits are those of
+    the replica's own revision, which need not be the deployment's current one.
     """
 
     key: ReplicaKey
@@ -65,3 +67,6 @@ class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
     sandbox: str = ""
     started_unix_ns: int = 0
     ended_unix_ns: int = 0
+    concurrency: int = 1
+    drain_s_max: float = 3_600.0
+    resources: ResourceSpec = ResourceSpec()

@@ -6,6 +6,7 @@ loses no connection that was not accepted yet, and the port stays. Processes end
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
@@ -26,6 +27,8 @@ from snowdrop.domain.settings import Settings
 READY_S_MAX = 15.0
 RESTART_S_FIRST = 0.05
 RESTART_S_MAX = 5.0
+STOP_MARGIN_S = 5.0
+"""What a process gets beyond its own bound for stopping before it is killed."""
 STEADY_S = 10.0
 """A process that ran for so long is started again at once; the back-off begins anew."""
 LOG_BYTES_MAX = 8 << 20
@@ -45,22 +48,42 @@ class PlatformRecord(msgspec.Struct, frozen=True, kw_only=True):
     started_unix_ns: int
 
 
-def read_record(layout: StateLayout) -> PlatformRecord | None:
-    """Who runs in this state folder; None if nobody does."""
+def take_lock(layout: StateLayout) -> int | None:
+    """The state folder's lock, or None if a platform holds it. Pass it on to the supervisor, then close it.
+
+    A lock cannot be mistaken for another's, as the id of a process can after a restart of the machine.
+    """
+    fd = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        record = msgspec.json.decode(layout.platform.read_bytes(), type=PlatformRecord)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def is_running(layout: StateLayout) -> bool:
+    """Whether a platform lives in this state folder."""
+    if not layout.lock.exists():
+        return False
+    fd = take_lock(layout)
+    if fd is None:
+        return True
+    os.close(fd)
+    return False
+
+
+def read_record(layout: StateLayout) -> PlatformRecord | None:
+    """Who runs in this state folder; None if nobody does, or not yet."""
+    if not is_running(layout):
+        return None
+    try:
+        return msgspec.json.decode(layout.platform.read_bytes(), type=PlatformRecord)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
-    return record if is_alive(record.supervisor_pid) else None
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
 
 
 class Supervisor:
@@ -160,8 +183,8 @@ class Supervisor:
     async def _stop_all(self) -> None:
         """In order, so that requests end before replicas, and replicas before the one who records it."""
         bounds_s = {
-            "gateway": self._settings.gateway.shutdown_s_max,
-            "agent": self._settings.agent.stop_s_max + 5.0,
+            "gateway": self._settings.gateway.shutdown_s_max + STOP_MARGIN_S,
+            "agent": self._settings.agent.stop_s_max + STOP_MARGIN_S,
             "control": 10.0,
         }
         for name in STOP_ORDER:

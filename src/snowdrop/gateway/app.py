@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import anyio
 from aiohttp import web
 
 from snowdrop.domain.errors import NotFoundError
@@ -67,4 +68,6 @@ async def serving(app: web.Application, listener: socket.socket, *, shutdown_s_m
         await web.SockSite(runner, listener, backlog=BACKLOG).start()
         yield
     finally:
-        await runner.cleanup()
+        # We are being stopped, which cancels whatever waits: requests in flight get their time all the same.
+        with anyio.CancelScope(shield=True):
+            await runner.cleanup()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import aiohttp
 import anyio
@@ -20,9 +22,21 @@ class Connections:
     def __init__(self) -> None:
         self._sessions: dict[str, aiohttp.ClientSession] = {}
         self._used_s: dict[str, float] = {}
+        self._users: dict[str, int] = {}
 
-    def session(self, socket_path: str) -> aiohttp.ClientSession:
-        """The session for a replica's socket, made on first use."""
+    @asynccontextmanager
+    async def using(self, socket_path: str) -> AsyncIterator[aiohttp.ClientSession]:
+        """The session for a replica's socket; it stays open at least while inside, however long that is."""
+        self._users[socket_path] = self._users.get(socket_path, 0) + 1
+        try:
+            yield self._session(socket_path)
+        finally:
+            self._used_s[socket_path] = time.monotonic()
+            self._users[socket_path] -= 1
+            if not self._users[socket_path]:
+                del self._users[socket_path]
+
+    def _session(self, socket_path: str) -> aiohttp.ClientSession:
         session = self._sessions.get(socket_path)
         if session is None:
             session = self._sessions[socket_path] = aiohttp.ClientSession(
@@ -34,15 +48,23 @@ class Connections:
             )
             # aiohttp sends idempotent requests again when a kept connection breaks, which could run one twice.
             session._retry_connection = False  # noqa: SLF001 -- no public switch exists
-        self._used_s[socket_path] = time.monotonic()
         return session
+
+    @property
+    def open_paths(self) -> frozenset[str]:
+        """Sockets that a session is kept for."""
+        return frozenset(self._sessions)
 
     async def run(self) -> None:
         """Closes sessions that have not been used for a while, for ever."""
         while True:
             await anyio.sleep(SWEEP_S)
-            limit_s = time.monotonic() - IDLE_S_MAX
-            for path in [path for path, used_s in self._used_s.items() if used_s < limit_s]:
+            await self.sweep(time.monotonic())
+
+    async def sweep(self, now_s: float) -> None:
+        """Closes what nobody uses and nobody has used for IDLE_S_MAX."""
+        for path in [path for path, used_s in self._used_s.items() if used_s < now_s - IDLE_S_MAX]:
+            if path not in self._users:
                 del self._used_s[path]
                 await self._sessions.pop(path).close()
 

@@ -69,6 +69,7 @@ class Owner:
         self._workers: dict[str, Callable[[ToWorker], None]] = {}
         self._uplink: Uplink | None = None
         self._callers: dict[ReceiptId, CallerTimes] = {}
+        self._served: dict[ReceiptId, None] = {}
 
     # --- workers ------------------------------------------------------------------------------------------
 
@@ -97,7 +98,15 @@ class Owner:
         self._carry_out(effects)
 
     def served(self, receipt: ReceiptId, caller: CallerTimes) -> None:
-        """Kept until control has stored it, so that a restart of control loses no receipt's caller."""
+        """The first caller that a new replica answered; those after it are not part of its receipt.
+
+        Kept until control has stored it, so that a restart of control loses no receipt's caller.
+        """
+        if receipt in self._served:
+            return
+        self._served[receipt] = None
+        while len(self._served) > CALLERS_MAX:
+            del self._served[next(iter(self._served))]
         while len(self._callers) >= CALLERS_MAX:
             del self._callers[next(iter(self._callers))]
         self._callers[receipt] = caller

@@ -44,12 +44,11 @@ TicketKey = tuple[str, int]
 class _Replica:
     """A replica's slots. `accepting` is control's word, less what this gateway found out itself."""
 
-    __slots__ = ("idle_said", "leases", "penalty_until_s", "route", "served")
+    __slots__ = ("idle_said", "leases", "penalty_until_s", "route")
 
     def __init__(self, route: ReplicaRoute) -> None:
         self.route = route
         self.leases: set[int] = set()
-        self.served = False
         self.idle_said = False
         self.penalty_until_s = 0.0
 
@@ -330,8 +329,6 @@ class QueueCore:
         self._ticket_of_lease[lease] = ticket
         route = replica.route
         waited_for_it = request.arrived_unix_ns < route.ready_unix_ns
-        first = waited_for_it and not replica.served
-        replica.served = True
         message = Granted(
             ticket=request.ticket,
             lease=lease,
@@ -340,7 +337,6 @@ class QueueCore:
             request_s_max=deployment.route.queue.request_s_max,
             granted_unix_ns=now.unix_ns,
             receipt=route.receipt if waited_for_it else None,
-            first_served=first,
             spans=route.spans if waited_for_it else (),
         )
         return Grant(worker, message)

@@ -8,8 +8,8 @@ started then. Once headers have gone out, a failure can only be told inside the 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncIterator
 from random import Random
 
 import aiohttp
@@ -18,16 +18,15 @@ from aiohttp import HttpVersion11, hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from snowdrop.domain.errors import ReplicaDiedError, SnowdropError, TimedOutError, TooLargeError
+from snowdrop.domain.errors import ReplicaDiedError, SnowdropError, TimedOutError
 from snowdrop.domain.ids import DeploymentName
 from snowdrop.domain.receipt import CallerTimes, Span, join_caller
+from snowdrop.gateway.bodies import BODY_WHOLE_BYTES_MAX, IncomingBody
 from snowdrop.gateway.broker import Broker
 from snowdrop.gateway.connections import Connections
 from snowdrop.tenancy.keys import bearer, key_sha256
 from snowdrop.wire.slots import Granted
 
-BODY_WHOLE_BYTES_MAX = 64 << 10
-"""Bodies up to this size are relayed in one piece: one write instead of several."""
 ATTEMPTS_MAX = 5
 REQUEST_ID_CHARS_MAX = 128
 
@@ -62,24 +61,13 @@ class Relay:
         arrived_unix_ns = time.time_ns()
         request_id = request.headers.get("x-request-id", "")[:REQUEST_ID_CHARS_MAX] or fresh_request_id()
         try:
-            body = await self._body(request)
+            body = await IncomingBody.begin(request, self._request_bytes_max)
             return await self._relay(request, body, request_id, arrived_unix_ns)
         except SnowdropError as error:
             return error_response(error, request_id)
 
-    async def _body(self, request: web.Request) -> bytes | None:
-        """A small body whole, so that it can be sent again if a connection fails; None for one to be streamed."""
-        length = request.content_length
-        if length is not None and length > self._request_bytes_max:
-            raise _too_large(self._request_bytes_max, f"the request has {length} bytes")
-        if not request.can_read_body:
-            return b""
-        if length is not None and length <= BODY_WHOLE_BYTES_MAX:
-            return await request.read()
-        return None
-
     async def _relay(
-        self, request: web.Request, body: bytes | None, request_id: str, arrived_unix_ns: int
+        self, request: web.Request, body: IncomingBody, request_id: str, arrived_unix_ns: int
     ) -> web.StreamResponse:
         secret = bearer(request.headers.get(hdrs.AUTHORIZATION))
         digest = key_sha256(secret) if secret is not None else None
@@ -124,7 +112,6 @@ class _Exchange:
         self._arrived_unix_ns = arrived_unix_ns
         self._held = True
         self._answer: web.StreamResponse | None = None
-        self._refused: TooLargeError | None = None
 
     def hand_back(self) -> None:
         if self._held:
@@ -135,18 +122,18 @@ class _Exchange:
         self._held = False
         self._relay.broker.unreachable(self._granted, message)
 
-    async def run(self, body: bytes | None) -> web.StreamResponse:
+    async def run(self, body: IncomingBody) -> web.StreamResponse:
         """Relays; raises one of UNCONNECTED if no connection was made, a typed error before headers went out."""
         bound_s = self._granted.request_s_max
-        session = self._relay.connections.session(self._granted.socket_path)
         try:
             async with (
                 asyncio.timeout(bound_s),
+                self._relay.connections.using(self._granted.socket_path) as session,
                 session.request(
                     self._request.method,
                     upstream_url(self._request.rel_url),
                     headers=self._headers_up(),
-                    data=self._upload() if body is None else body,
+                    data=body.stream() if body.whole is None else body.whole,
                     allow_redirects=False,
                 ) as response,
             ):
@@ -163,8 +150,8 @@ class _Exchange:
                 error,
             )
         except aiohttp.ClientError as error:
-            if self._refused is not None:  # raised in the upload; the client library wraps it
-                return await self._failed(self._refused, error)
+            if body.refused is not None:  # raised in the upload; the client library wraps it
+                return await self._failed(body.refused, error)
             died = ReplicaDiedError(
                 "the replica died while it worked on this request, which is therefore not sent again",
                 where=f"replica {self._granted.replica}",
@@ -178,16 +165,6 @@ class _Exchange:
         headers["x-forwarded-host"] = self._request.host
         headers["x-forwarded-prefix"] = "/" + self._request.match_info["deployment"]
         return headers
-
-    async def _upload(self) -> AsyncIterator[bytes]:
-        """The client's body as it comes; the bound holds for bodies without a length, too."""
-        taken = 0
-        async for chunk in self._request.content.iter_any():
-            taken += len(chunk)
-            if taken > self._relay.request_bytes_max:
-                self._refused = _too_large(self._relay.request_bytes_max, "the request's body is too large")
-                raise self._refused
-            yield chunk
 
     async def _download(self, response: aiohttp.ClientResponse) -> web.StreamResponse:
         first_byte_unix_ns = time.time_ns()
@@ -222,8 +199,7 @@ class _Exchange:
         )
         headers["snowdrop-receipt"] = granted.receipt
         headers["server-timing"] = server_timing(join_caller(granted.spans, caller))
-        if granted.first_served:
-            self._relay.broker.served(granted.receipt, caller)
+        self._relay.broker.served(granted.receipt, caller)
 
     async def _failed(self, error: SnowdropError, cause: BaseException) -> web.StreamResponse:
         """Before headers: raises, for a proper answer. After: says it in the stream, or cuts the stream."""
@@ -253,12 +229,6 @@ def upstream_url(relative: URL) -> URL:
     return URL(f"http://replica{path}?{query}" if query else f"http://replica{path}", encoded=True)
 
 
-def _too_large(bytes_max: int, message: str) -> TooLargeError:
-    return TooLargeError(
-        message, where=f"gateway.request_bytes_max={bytes_max}", next_step="send less, or raise the setting"
-    )
-
-
 def server_timing(spans: tuple[Span, ...]) -> str:
     """A Server-Timing header value (https://www.w3.org/TR/server-timing/), durations in milliseconds."""
     return ", ".join(f"{span.name};dur={span.duration_ns / 1e6:.1f}" for span in spans)
@@ -268,7 +238,7 @@ def error_response(error: SnowdropError, request_id: str) -> web.Response:
     """The JSON answer for a typed error, with Retry-After where trying again helps."""
     headers = {"x-request-id": request_id}
     if error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     elif error.retryable and error.http_status in {429, 503}:
         headers["retry-after"] = "1"
     return web.Response(

@@ -60,7 +60,6 @@ class Granted(Message, frozen=True, kw_only=True):
     request_s_max: float
     granted_unix_ns: int
     receipt: ReceiptId | None = None
-    first_served: bool = False
     spans: tuple[Span, ...] = ()
 
 
