@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -119,11 +120,13 @@ class ReplicaProcess:
     def __init__(self, process: subprocess.Popen[str], sock: socket.socket, socket_path: Path) -> None:
         self.process = process
         self._sock = sock
-        sock.settimeout(WAIT_S_MAX)
         self.channel: PacketChannel[FromReplica] = PacketChannel(sock, FROM_REPLICA)
         self.socket_path = socket_path
 
     def receive(self) -> FromReplica:
+        # The channel makes its socket blocking, which takes away any timeout set on it.
+        readable, _, _ = select.select([self._sock], [], [], WAIT_S_MAX)
+        assert readable, f"the replica has said nothing for {WAIT_S_MAX} s"
         message, fds = self.channel.receive_blocking()
         assert not fds
         return message

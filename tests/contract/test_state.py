@@ -166,6 +166,12 @@ class TestUsage:
         assert total == UsageTotal(deployment=NAME, unit="replica_ns", detail="", quantity=60)
         assert await state.last_usage_sequence(NODE, "jrn-1") == 3
 
+    async def test_a_repeat_under_another_tenant_is_no_new_fact(self, state: StateStore) -> None:
+        await state.append_usage((usage(1, 10),))
+        await state.append_usage((usage(1, 10, tenant=OTHER),))
+        assert [total.quantity for total in await state.usage_totals(DEFAULT_TENANT)] == [10]
+        assert await state.usage_totals(OTHER) == []
+
     async def test_another_journal_counts_on_its_own(self, state: StateStore) -> None:
         await state.append_usage((usage(1, 10, source="jrn-1"), usage(1, 10, source="jrn-2")))
         (total,) = await state.usage_totals(DEFAULT_TENANT)

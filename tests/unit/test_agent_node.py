@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from platform_helpers import NODE
 from snowdrop.agent import node as node_module
 from snowdrop.agent.node import Node
 from snowdrop.domain.errors import ErrorBody, IntegrityError, ProtocolError
-from snowdrop.domain.ids import ReplicaId
+from snowdrop.domain.ids import NodeId, ReplicaId
 from snowdrop.domain.replica import ReplicaState
 from snowdrop.metering.journal import UsageJournal
 from snowdrop.metering.meter import UsageDraft
@@ -30,12 +31,19 @@ class FaultyJournal(UsageJournal):
 
     broken: frozenset[str] = frozenset()
 
+    def __init__(self, path: Path, node: NodeId) -> None:
+        super().__init__(path, node)
+        self.writing, self.may_write = threading.Event(), threading.Event()
+        self.may_write.set()
+
     def check(self, name: str) -> None:
         if name in self.broken:
             raise sqlite3.OperationalError("database or disk is full")
 
     def append(self, drafts: list[UsageDraft]) -> None:
         self.check("append")
+        self.writing.set()
+        self.may_write.wait(WAIT_S_MAX)
         super().append(drafts)
 
     def forget(self, replica: ReplicaId) -> None:
@@ -268,6 +276,21 @@ class TestMetering:
                 await bench.node.meter_once()
             await bench.node.meter_once()
         assert bench.metered_whole()
+
+    async def test_an_end_while_a_tick_is_written_is_in_the_next(self, bench: NodeBench) -> None:
+        async with bench.running(), anyio.create_task_group() as tasks:
+            first, second = await bench.start("rep-1"), await bench.start("rep-2")
+            first.end(0)
+            await bench.gone("rep-1")
+            bench.journal.may_write.clear()
+            tasks.start_soon(bench.node.meter_once)
+            await anyio.to_thread.run_sync(bench.journal.writing.wait, WAIT_S_MAX)
+            second.end(0)
+            await bench.gone("rep-2")
+            bench.journal.may_write.set()
+        await bench.node.meter_once()
+        assert bench.metered_whole("rep-1")
+        assert bench.metered_whole("rep-2")
 
     @pytest.mark.parametrize("call", ["forget", "acknowledge", "pending"])
     async def test_a_journal_that_fails_elsewhere_ends_nobody(self, bench: NodeBench, call: str) -> None:

@@ -24,7 +24,7 @@ from snowdrop.control.peers import Peers
 from snowdrop.control.reconcile import iterate
 from snowdrop.control.recorder import Recorder
 from snowdrop.domain.ids import DEFAULT_TENANT
-from snowdrop.domain.replica import ReplicaState
+from snowdrop.domain.replica import ReplicaReport, ReplicaState
 from snowdrop.domain.service import Scale
 from snowdrop.state.memory import MemoryState
 from snowdrop.wire.codec import PROTOCOL_VERSION, Message
@@ -82,6 +82,11 @@ class Bench:
         # Closed after control: an end that is seen while its reader is cancelled makes anyio complain.
         for peer in self.peers:
             await peer.aclose()
+
+    async def restart_with(self, report: ReplicaReport) -> None:
+        """As control is after a restart: of replicas it knows only what is stored."""
+        await self.state.put_replica(report)
+        await self.loop.load()
 
     async def peer(self, hello: Message) -> MessageStream:
         codec = TO_AGENT if isinstance(hello, AgentHello) else TO_GATEWAY
@@ -171,7 +176,7 @@ async def test_an_order_that_was_lost_on_the_way_is_sent_again(bench: Bench) -> 
 
 
 async def test_gateways_wait_until_the_agents_of_living_replicas_have_spoken(bench: Bench) -> None:
-    bench.loop.heard_replica(report())
+    await bench.restart_with(report())
     async with bench.control(settle_s_max=60.0):
         gateway = await bench.peer(gateway_hello())
         await bench.peer(agent_hello(report()))
@@ -182,13 +187,33 @@ async def test_gateways_wait_until_the_agents_of_living_replicas_have_spoken(ben
 
 
 async def test_an_agent_that_does_not_come_back_loses_its_replicas(bench: Bench) -> None:
-    bench.loop.heard_replica(report())
+    await bench.restart_with(report())
     async with bench.control(settle_s_max=0.02):
         gateway = await bench.peer(gateway_hello())
         table = await hear(gateway)
         assert isinstance(table, Routes)
         assert table.deployments[0].replicas == ()
         assert not bench.world.replicas
+        await bench.loop.recorder.flush(WAIT_S_MAX)
+    (ended,) = await bench.state.list_replicas(None, None, ended=True, limit=9)
+    assert (ended.key.replica, ended.state) == ("rep-1", ReplicaState.FAILED)
+
+
+async def test_an_agent_that_goes_and_stays_away_loses_its_replicas(bench: Bench) -> None:
+    async with bench.control(settle_s_max=0.02):
+        agent = await bench.peer(agent_hello(report()))
+        await bench.until(lambda: "rep-1" in bench.world.replicas)
+        gateway = await bench.peer(gateway_hello())
+        table = await hear(gateway)
+        assert isinstance(table, Routes)
+        assert [r.replica for r in table.deployments[0].replicas] == ["rep-1"]
+        await agent.aclose()
+        changed = await hear(gateway)
+        assert isinstance(changed, RouteChanged)
+        assert changed.route is not None
+        assert changed.route.replicas == ()
+        assert not bench.world.replicas
+        assert not bench.world.nodes
 
 
 async def test_a_replica_that_its_agent_no_longer_has_is_lost(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ from platform_helpers import replica_route
 from snowdrop.domain.errors import QueueFullError
 from snowdrop.domain.ids import ReceiptId, ReplicaId
 from snowdrop.domain.receipt import CallerTimes, Span
-from snowdrop.gateway.app import build_app
+from snowdrop.gateway.app import build_app, serving
 from snowdrop.gateway.connections import Connections
 from snowdrop.gateway.relay import Relay
 from snowdrop.tenancy.keys import key_sha256
@@ -125,7 +126,9 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     connections = made.connections
     relay = Relay(made.broker, connections, request_bytes_max=BODY_BYTES_MAX)
     app = build_app(relay, ready=lambda: True)
-    async with serving_unix(app, tmp_path / "gw.sock"):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "gw.sock"))
+    async with serving(app, listener, shutdown_s_max=WAIT_S_MAX):
         connector = aiohttp.UnixConnector(path=str(tmp_path / "gw.sock"))
         timeout = aiohttp.ClientTimeout(total=WAIT_S_MAX)
         async with aiohttp.ClientSession("http://gw", connector=connector, timeout=timeout) as made.client:

@@ -3,6 +3,7 @@
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -96,3 +97,13 @@ def test_a_batch_is_stored_whole_or_not_at_all(journal: UsageJournal) -> None:
     journal._db.execute("PRAGMA max_page_count=100000")
     journal.append([draft(to=60)])
     assert len(journal.pending()) == 2
+
+
+def test_a_batch_that_fails_half_way_leaves_nothing(journal: UsageJournal) -> None:
+    """A full disk rolls back by itself; whatever else ends a batch must, too."""
+    with pytest.raises(TypeError):
+        journal.append([draft(to=50), cast("Any", object())])
+    assert journal.pending() == ()
+    assert journal.metered_until(ReplicaId("rep-1")) == 0
+    journal.append([draft(to=60)])
+    assert len(journal.pending()) == 1
