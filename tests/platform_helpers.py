@@ -180,6 +180,7 @@ def replica_route(
         concurrency=concurrency,
         accepting=accepting,
         receipt=receipt_id_of(ReplicaId(replica)),
+        ordered_unix_ns=more.pop("ordered", 0),
         ready_unix_ns=ready,
         **more,
     )

@@ -213,10 +213,79 @@ def _workers(platform: Platform) -> list[int]:
 
 def _children(parent: int, word: str) -> list[int]:
     done = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(parent)], check=False, capture_output=True, text=True
+        ["ps", "-wwo", "pid=,args=", "--ppid", str(parent)], check=False, capture_output=True, text=True
     )
     return [int(line.split()[0]) for line in done.stdout.splitlines() if word in line]
 
 
 async def _sync(work: object, *arguments: object) -> None:
     await anyio.to_thread.run_sync(work, *arguments)  # type: ignore[arg-type]
+
+
+async def test_down_lets_requests_end() -> None:
+    with short_folder() as state, Platform(state) as platform:
+        platform.deploy("basic.py:Echo", "ending")
+        async with (
+            session() as http,
+            http.post(f"{platform.url}/ending/count", json={"to": 15, "every_s": 0.2}) as answer,
+        ):
+            first = await answer.content.readline()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(anyio.to_thread.run_sync, platform.run, "down")
+                rest = await answer.read()
+        numbers = [line for line in (first + rest).decode().splitlines() if line]
+        assert numbers == [f"data: {number}" for number in range(15)]
+
+
+async def test_two_platforms_of_one_folder_name_leave_each_other_alone() -> None:
+    with short_folder() as one, short_folder() as two, Platform(one / "state") as first:
+        first.deploy("basic.py:Echo", "neighbour")
+        first.run("scale", "neighbour", "--idle-s", "60")
+        async with session() as http:
+            before = await echo(http, first.url, "neighbour")
+            with Platform(two / "state") as second:
+                second.deploy("basic.py:Echo", "neighbour")
+                assert await echo(http, second.url, "neighbour") != before
+                assert await echo(http, first.url, "neighbour") == before
+            assert await echo(http, first.url, "neighbour") == before
+
+
+def test_two_ups_at_once_make_one_platform() -> None:
+    with short_folder() as state:
+        platform = Platform(state)
+        command = [str(SNOWDROP), "--state", str(state), "--json", "up", "--port", "0"]
+        try:
+            ups = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+            told = [json.loads(up.communicate()[0])["gateway_url"] for up in ups]
+            assert told[0] == told[1]
+            listed = subprocess.run(["ps", "-ewwo", "args="], check=True, capture_output=True, text=True).stdout
+            supervisors = [line for line in listed.splitlines() if "main supervise" in line and str(state) in line]
+            assert len(supervisors) == 1
+        finally:
+            platform.run("down")
+
+
+async def test_everything_killed_and_up_again() -> None:
+    """As after a power cut: the record of who ran is stale, the state is not."""
+    with short_folder() as state, Platform(state) as platform:
+        platform.deploy("basic.py:Echo", "phoenix")
+        async with session() as http:
+            await echo(http, platform.url, "phoenix")
+        record = json.loads((state / "run" / "platform.json").read_text())
+        for pid in (record["supervisor_pid"], *record["pids"].values()):
+            os.kill(pid, signal.SIGKILL)
+        await _sync(wait_until, lambda: platform.run("down") == {"stopped": False}, "nothing runs")
+        platform.up()
+        async with session() as http:
+            await echo(http, platform.url, "phoenix")
+        assert len(platform.receipts("phoenix")) == 2
+
+
+async def test_a_redeploy_with_more_concurrency_does_not_overfill_the_old_replica(platform: Platform) -> None:
+    platform.deploy("concurrency.py:Narrow", "widened")
+    async with session() as http:
+        await echo(http, platform.url, "widened")
+        platform.deploy("concurrency.py:Wide", "widened")
+        async with anyio.create_task_group() as tasks:
+            for _ in range(6):
+                tasks.start_soon(echo, http, platform.url, "widened")

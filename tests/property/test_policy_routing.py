@@ -40,7 +40,7 @@ def test_admission_holds_the_bound_and_tells_a_bounded_time(
     length_max: int, waiting: int, rate: float, now_s: float, wait_s_max: float
 ) -> None:
     queue = QueueSpec(length_max=length_max, wait_s_max=wait_s_max)
-    verdict = admit(queue, waiting=waiting, drained_per_s=rate, now_s=now_s)
+    verdict = admit(queue, waiting=waiting, drained_per_s=rate, start_s=0.0, now_s=now_s)
     if waiting < length_max:
         assert verdict == Admit(now_s + wait_s_max)
     else:
@@ -53,4 +53,5 @@ def test_retry_after_follows_how_fast_the_queue_drains() -> None:
     assert retry_after_s(waiting=100, drained_per_s=10.0) == 5.0
     assert retry_after_s(waiting=100, drained_per_s=0.0) == RETRY_AFTER_S_MIN
     assert retry_after_s(waiting=10**6, drained_per_s=0.01) == RETRY_AFTER_S_MAX
+    assert retry_after_s(waiting=10, drained_per_s=0.0, start_s=7.2) == 8.0, "a start must end first"
     assert retry_after_s(waiting=1, drained_per_s=5e-324) == RETRY_AFTER_S_MAX

@@ -32,7 +32,7 @@ def test_a_waterfall_draws_phases_details_and_the_rest() -> None:
         Span(name="weights", start_unix_ns=260 * MS, end_unix_ns=360 * MS, parent="startup", note="from disk"),
     )
     felt = caller("req-1", arrived=0, admitted=450 * MS, first_byte=500 * MS)
-    made = receipt(spans=spans, caller=felt, content=ContentBytes(disk=2048))
+    made = receipt(spans=spans, caller=felt, content=ContentBytes(disk=2048), started=100 * MS, ready=400 * MS)
     lines = [line.plain.rstrip() for line in waterfall(made, width=100)]
     assert lines[0] == "rcp-1  embed on node-0, request req-1"
     assert all(len(line) <= 100 for line in lines)

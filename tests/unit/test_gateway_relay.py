@@ -60,6 +60,8 @@ class Broker:
             granted_unix_ns=now,
             receipt=replica_route().receipt if self.cold else None,
             spans=spans if self.cold else (),
+            ordered_unix_ns=arrived_unix_ns,
+            ready_unix_ns=now,
         )
         self.out[number] = granted
         return granted

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import http.client
+import math
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 import typer
@@ -56,7 +57,7 @@ def deploy(
         info = ctx.client.get(Info, "info")
         spec = describe_service(Path(file), class_name or None)
         _check_environment(spec)
-        chosen = parse_name(name or _dashed(spec.class_name), what="deployment name")
+        chosen = parse_name(_dashed(spec.class_name) if name is None else name, what="deployment name")
         folder = Path(file).resolve().parent
         code = push_code(folder, open_origin(info.origin_url), tenant=TenantId(ctx.tenant))
         body = Deploy(spec=spec, code=code.artefact)
@@ -122,6 +123,8 @@ def scale(
     """Change how far a deployment scales; also gives a crash-looping revision another chance."""
     with reported():
         ctx = context(json=json)
+        if idle_s is not None and not math.isfinite(idle_s):
+            raise InvalidInputError(f"{idle_s} is not a number of seconds", where="--idle-s")
         body = SetScale(min=minimum, max=maximum, idle_s=idle_s)
         result = ctx.client.send(Scale, "PATCH", "deployments", name, "scale", body=body)
         if ctx.json:
@@ -161,7 +164,9 @@ def logs(
         lines = ctx.client.lines(
             "deployments", name, "logs", tail=tail, follow="1" if follow else "0", replica=replica
         )
+        nothing = True
         for raw in lines:
+            nothing = False
             if ctx.json:
                 sys.stdout.write(raw.decode())
                 sys.stdout.flush()
@@ -170,6 +175,8 @@ def logs(
             moment = datetime.fromtimestamp(line.unix_ms / 1000, UTC).astimezone().strftime("%H:%M:%S.%f")[:-3]
             style = {"stderr": "yellow", "snowdrop": "dim"}.get(line.stream, "")
             console.print(Text.assemble((f"{moment} {line.replica} ", "dim"), (line.text, style)), soft_wrap=True)
+        if nothing:
+            ctx.client.get(Description, "deployments", name)  # says so if there is no such deployment
 
 
 def call(
@@ -224,7 +231,7 @@ def _call_path(ctx: Context, target: str) -> str:
     """`name/endpoint` as given; for a bare name the deployment's only endpoint."""
     name, slash, rest = target.partition("/")
     if slash:
-        return f"/{name}/{rest}"
+        return quote(f"/{name}/{rest}", safe="/?&=%")
     endpoints = ctx.client.get(Description, "deployments", name).revision.spec.endpoints
     if len(endpoints) != 1:
         paths = ", ".join(name + endpoint.path for endpoint in endpoints)

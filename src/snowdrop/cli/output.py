@@ -17,6 +17,7 @@ from rich.text import Text
 from snowdrop.cli.client import Client
 from snowdrop.cli.settings_file import Resolved, resolve
 from snowdrop.domain.errors import SnowdropError
+from snowdrop.domain.ids import parse_name
 from snowdrop.domain.layout import StateLayout
 
 EXIT_FAILED = 1
@@ -52,6 +53,7 @@ def context(*, json: bool = False, flags: dict[str, Any] | None = None) -> Conte
     """Reads the settings once a command needs them, so that `--help` works with a broken file."""
     resolved = resolve({"state": Globals.state, **(flags or {})}, config=Globals.config)
     layout = StateLayout(Path(resolved.settings.state))
+    parse_name(Globals.tenant, what="tenant")
     return Context(resolved=resolved, layout=layout, tenant=Globals.tenant, json=json or Globals.json)
 
 
@@ -72,15 +74,29 @@ def table(*columns: str, title: str | None = None) -> Table:
 def reported() -> Iterator[None]:
     """Turns typed errors into a message for people, or JSON, and an exit code."""
     try:
-        yield
+        try:
+            yield
+        except OSError as error:
+            raise _system_error(error) from error
     except SnowdropError as error:
         if Globals.json or "--json" in sys.argv:
             sys.stdout.write(msgspec.json.encode({"error": error.body()}).decode() + "\n")
         else:
             print_error(error)
         raise typer.Exit(EXIT_BAD_INPUT if error.http_status in {404, 409, 422} else EXIT_FAILED) from error
-    except (KeyboardInterrupt, BrokenPipeError) as error:
+    except KeyboardInterrupt as error:
         raise typer.Exit(EXIT_FAILED) from error
+
+
+def _system_error(error: OSError) -> Exception:
+    """What the system refused, as an error for people; a closed pipe only ends the command."""
+    if isinstance(error, BrokenPipeError):
+        return typer.Exit(EXIT_FAILED)
+    return SnowdropError(
+        f"the system refused: {error.strerror or error}",
+        where=str(error.filename or ""),
+        next_step="check the path, its owner and its disk",
+    )
 
 
 def print_error(error: SnowdropError) -> None:

@@ -158,16 +158,26 @@ class Api:
         url = f"http://agent/logs/{tenant}/{name}"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
         connector = aiohttp.UnixConnector(path=node.api_socket)
-        async with (
-            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
-            session.get(url, params=request.query) as response,
-        ):
-            answer = web.StreamResponse(
-                status=response.status, headers={"content-type": response.headers["content-type"]}
-            )
-            await answer.prepare(request)
-            async for chunk in response.content.iter_any():
-                await answer.write(chunk)
+        answer: web.StreamResponse | None = None
+        try:
+            async with (
+                aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+                session.get(url, params=request.query) as response,
+            ):
+                kind = response.headers["content-type"]
+                answer = web.StreamResponse(status=response.status, headers={"content-type": kind})
+                await answer.prepare(request)
+                async for chunk in response.content.iter_any():
+                    await answer.write(chunk)
+        except aiohttp.ClientError as error:
+            if answer is None or request.transport is None:
+                raise PlatformDownError(
+                    "the node's agent does not answer",
+                    where=str(error),
+                    next_step="it is started again; try again",
+                ) from error
+            request.transport.abort()  # lines that end early must not look like all there are
+            return answer
         await answer.write_eof()
         return answer
 

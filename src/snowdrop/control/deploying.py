@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
@@ -85,27 +86,40 @@ class Deploying:
 
     async def scale(self, tenant: TenantId, name: str, body: SetScale) -> Scale:
         """Overrides the revision's scale; also gives a crash-looping revision another chance."""
-        entry = self._loop.world.deployments.get((tenant, DeploymentName(name)))
-        if entry is None:
-            raise unknown_deployment(name)
         changes = {k: v for k, v in msgspec.structs.asdict(body).items() if v is not None}
-        before = entry.deployment.scale or entry.revision.spec.scale
-        if "min" in changes and "max" not in changes and changes["min"] > before.max:
-            changes["max"] = changes["min"]
-        scale = msgspec.structs.replace(before, **changes)
-        await self._change(tenant, name, scale=scale)
-        return scale
+        wanted = Scale()
+
+        async def scaled(stored: Deployment) -> Deployment:
+            nonlocal wanted
+            before = stored.scale
+            if before is None:
+                revision = await self._state.get_revision(tenant, stored.name, stored.revision)
+                before = revision.spec.scale if revision is not None else Scale()
+            if "min" in changes and "max" not in changes and changes["min"] > before.max:
+                changes["max"] = changes["min"]
+            wanted = msgspec.structs.replace(before, **changes)
+            return msgspec.structs.replace(stored, scale=wanted)
+
+        await self._change(tenant, name, scaled)
+        return wanted
 
     async def delete(self, tenant: TenantId, name: str) -> None:
         """Replicas drain first; the deployment is gone when the last one has ended."""
-        await self._change(tenant, name, deleting=True)
 
-    async def _change(self, tenant: TenantId, name: str, **changes: object) -> None:
+        async def deleted(stored: Deployment) -> Deployment:
+            return msgspec.structs.replace(stored, deleting=True)
+
+        await self._change(tenant, name, deleted)
+
+    async def _change(
+        self, tenant: TenantId, name: str, change: Callable[[Deployment], Awaitable[Deployment]]
+    ) -> None:
+        """Reads, changes and writes under the fence; somebody else's write in between means to read again."""
         for _ in range(ATTEMPTS_MAX):
             stored = await self._state.get_deployment(tenant, DeploymentName(name))
             if stored is None:
                 raise unknown_deployment(name)
-            changed = msgspec.structs.replace(stored, generation=stored.generation + 1, **changes)
+            changed = msgspec.structs.replace(await change(stored), generation=stored.generation + 1)
             try:
                 await self._state.put_deployment(changed, expected_generation=stored.generation)
             except ConflictError:

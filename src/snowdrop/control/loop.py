@@ -113,6 +113,9 @@ class ControlLoop:
             entry.report = report
             if report.state is ReplicaState.READY and entry.ready_s is None:
                 entry.ready_s = now_s
+                deployment = self.world.deployments.get(entry.key)
+                if deployment is not None and entry.order is not None:
+                    deployment.start_s = now_s - entry.ordered_s
         self._record(report, ordered_unix_ns)
         if report.state in TERMINAL_STATES and entry is not None:
             self.world.remember_end(report)

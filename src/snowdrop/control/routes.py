@@ -28,6 +28,7 @@ def deployment_route(world: World, key: DeploymentKey) -> DeploymentRoute | None
         replicas=tuple(_route(name, replica) for name, replica in replicas if replica.state in KNOWN_STATES),
         starting=sum(1 for _, replica in replicas if replica.state in STARTING_STATES and not replica.draining),
         replicas_max=entry.scale.max,
+        start_s=entry.start_s,
         refusal=_refusal(entry, serving=serving),
     )
 
@@ -44,6 +45,7 @@ def _route(name: ReplicaId, replica: ReplicaEntry) -> ReplicaRoute:
         concurrency=replica.concurrency,
         accepting=report.state is ReplicaState.READY and not replica.draining,
         receipt=receipt_id_of(name),
+        ordered_unix_ns=replica.order.ordered_unix_ns if replica.order is not None else report.started_unix_ns,
         ready_unix_ns=ready,
         spans=tuple(span for span in report.spans if not span.parent),
         content=report.content,

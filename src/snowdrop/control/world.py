@@ -59,6 +59,7 @@ class DeploymentEntry(msgspec.Struct):
     health: DeploymentHealth = DeploymentHealth.OK
     health_reason: str = ""
     placement_reason: str = ""
+    start_s: float = 0.0
 
     @property
     def scale(self) -> Scale:

@@ -13,12 +13,12 @@ from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.ids import DeploymentName, NodeId, ReceiptId, ReplicaId, RevisionId, TenantId
 
 PHASES = (
-    "activate",  # request seen by the gateway -> replica handed to an agent
+    "activate",  # request seen by the gateway -> start ordered: decision, placement, also waiting for room
     "mount",  # content fetched and landed, mounts prepared
     "start",  # sandbox made, interpreter running
     "import",  # the runtime's and the service's imports
     "startup",  # the service's own startup stage, weights included
-    "route",  # ready at the agent -> slot given to the request by the gateway
+    "route",  # ready at the agent -> slot given to the request, also waiting for others in the queue
     "answer",  # slot given -> first byte of the replica's answer
 )
 """The main line, in order. What the caller waited beyond their sum is `unaccounted`."""
@@ -96,7 +96,9 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
         own = tuple(span for span in self.spans if not span.parent)
         if self.caller is None:
             return own
-        return join_caller(own, self.caller)
+        return join_caller(
+            own, self.caller, ordered_unix_ns=self.started_unix_ns, ready_unix_ns=self.ready_unix_ns
+        )
 
     @property
     def waited_ns(self) -> int:
@@ -114,22 +116,28 @@ def total_ns(spans: Iterable[Span]) -> int:
     return sum(span.duration_ns for span in spans)
 
 
-def join_caller(own: tuple[Span, ...], caller: CallerTimes) -> tuple[Span, ...]:
-    """Main-line spans of a start as its first caller felt them: cut to the caller's wait, ends added.
+def join_caller(
+    own: tuple[Span, ...], caller: CallerTimes, *, ordered_unix_ns: int, ready_unix_ns: int
+) -> tuple[Span, ...]:
+    """Main-line spans of a start as its first caller felt them: cut to the caller's wait, its own phases added.
 
     A caller may arrive when the replica is half-way up; what happened before it came is not part of its wait.
+    `activate` ends with the order and `route` begins with ready, both as measured: what lies between them and the
+    replica's own spans (messages on their way, an agent that was busy) belongs to no phase and is unaccounted.
     """
     arrived, admitted = caller.arrived_unix_ns, caller.admitted_unix_ns
-    cut: list[Span] = []
-    for span in own:
-        start, end = max(span.start_unix_ns, arrived), min(span.end_unix_ns, admitted)
-        if end > start:
-            cut.append(msgspec.structs.replace(span, start_unix_ns=start, end_unix_ns=end))
-    first = min((span.start_unix_ns for span in cut), default=admitted)
-    if first > arrived:
-        cut.insert(0, Span(name="activate", start_unix_ns=arrived, end_unix_ns=first))
-    last = max((span.end_unix_ns for span in cut), default=arrived)
-    if admitted > last:
-        cut.append(Span(name="route", start_unix_ns=last, end_unix_ns=admitted))
-    cut.append(Span(name="answer", start_unix_ns=admitted, end_unix_ns=caller.first_byte_unix_ns))
-    return tuple(cut)
+    spans = [
+        Span(name="activate", start_unix_ns=arrived, end_unix_ns=min(ordered_unix_ns, admitted)),
+        *(_cut(span, max(arrived, ordered_unix_ns), min(admitted, ready_unix_ns)) for span in own),
+        Span(name="route", start_unix_ns=max(ready_unix_ns, arrived), end_unix_ns=admitted),
+    ]
+    kept = [span for span in spans if span.end_unix_ns > span.start_unix_ns]
+    return (*kept, Span(name="answer", start_unix_ns=admitted, end_unix_ns=caller.first_byte_unix_ns))
+
+
+def _cut(span: Span, start_unix_ns: int, end_unix_ns: int) -> Span:
+    return msgspec.structs.replace(
+        span,
+        start_unix_ns=max(span.start_unix_ns, start_unix_ns),
+        end_unix_ns=min(span.end_unix_ns, end_unix_ns),
+    )

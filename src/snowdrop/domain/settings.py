@@ -5,28 +5,41 @@ Every number has its unit in its name. Ports of 0 mean: let the system choose (t
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+Workers = Annotated[int, msgspec.Meta(ge=1, le=64)]
+Bytes = Annotated[int, msgspec.Meta(ge=0)]
+SomeBytes = Annotated[int, msgspec.Meta(ge=1)]
+Period = Annotated[float, msgspec.Meta(ge=0.01, le=3_600)]
+"""Of a loop: below 10 ms it would only burn the processor."""
+Bound = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+NodeName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+Uid = Annotated[int, msgspec.Meta(ge=1_000, le=2_000_000_000)]
 
 
 class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     """The HTTP edge. `workers` is how many processes relay; one of them owns the queues."""
 
     host: str = "127.0.0.1"
-    port: int = 8642
-    workers: int = 1
+    port: Port = 8642
+    workers: Workers = 1
     keys_required: bool = False
-    request_bytes_max: int = 1 << 30
-    load_report_s: float = 0.25
-    shutdown_s_max: float = 30.0
+    request_bytes_max: SomeBytes = 1 << 30
+    load_report_s: Period = 0.25
+    shutdown_s_max: Bound = 30.0
 
 
 class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The reconcile loop, and how many receipts and ended replicas the state keeps."""
 
-    tick_s: float = 0.5
-    settle_s_max: float = 3.0
-    receipts_kept_max: int = 10_000
-    replicas_kept_max: int = 10_000
+    tick_s: Period = 0.5
+    settle_s_max: Bound = 3.0
+    receipts_kept_max: Count = 10_000
+    replicas_kept_max: Count = 10_000
 
 
 class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,25 +48,25 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     `bwrap` is the path of bubblewrap; empty means the one that is installed with Snowdrop.
     """
 
-    node: str = "node-0"
+    node: NodeName = "node-0"
     instance_type: str = "local"
-    memory_bytes: int = 0
-    usage_tick_s: float = 1.0
-    content_s_max: float = 3_600.0
-    log_bytes_max: int = 8 << 20
+    memory_bytes: Bytes = 0
+    usage_tick_s: Period = 1.0
+    content_s_max: Bound = 3_600.0
+    log_bytes_max: SomeBytes = 8 << 20
     unsafe_no_sandbox: bool = False
     bwrap: str = ""
-    uid_base: int = 700_000
-    stop_s_max: float = 10.0
+    uid_base: Uid = 700_000
+    stop_s_max: Bound = 10.0
 
 
 class ContentSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Where content comes from and how much of it the node keeps. An empty origin is a folder in the state."""
 
     origin_url: str = ""
-    ram_bytes_max: int = 4 << 30
-    disk_bytes_max: int = 100 << 30
-    fetch_threads: int = 4
+    ram_bytes_max: SomeBytes = 4 << 30
+    disk_bytes_max: SomeBytes = 100 << 30
+    fetch_threads: Workers = 4
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

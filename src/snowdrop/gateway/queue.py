@@ -9,6 +9,7 @@ There is one of it per gateway, in the owner. Invariants, which the property tes
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -96,6 +97,11 @@ class _Deployment:
     def note_peak(self) -> None:
         self.peak = max(self.peak, self.in_flight + len(self.waiting))
 
+    def drain_rate(self, now_s: float) -> float:
+        """Requests a second that got a slot lately; it fades while none does."""
+        half_lives = max(0.0, now_s - self.drained_at_s) / DRAIN_RATE_HALF_LIFE_S
+        return self.drained_per_s * math.exp2(-half_lives)
+
     def note_drained(self, now_s: float) -> None:
         """Exponentially forgetting rate of requests that left the queue for a slot."""
         elapsed_s = max(now_s - self.drained_at_s, 1e-3)
@@ -140,7 +146,8 @@ class QueueCore:
         verdict = admission.admit(
             deployment.route.queue,
             waiting=len(deployment.waiting),
-            drained_per_s=deployment.drained_per_s,
+            drained_per_s=deployment.drain_rate(now.s),
+            start_s=0.0 if deployment.accepting else deployment.route.start_s,
             now_s=now.s,
         )
         if isinstance(verdict, admission.Refuse):
@@ -338,6 +345,8 @@ class QueueCore:
             granted_unix_ns=now.unix_ns,
             receipt=route.receipt if waited_for_it else None,
             spans=route.spans if waited_for_it else (),
+            ordered_unix_ns=route.ordered_unix_ns,
+            ready_unix_ns=route.ready_unix_ns,
         )
         return Grant(worker, message)
 

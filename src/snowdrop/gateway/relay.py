@@ -198,7 +198,10 @@ class _Exchange:
             first_byte_unix_ns=first_byte_unix_ns,
         )
         headers["snowdrop-receipt"] = granted.receipt
-        headers["server-timing"] = server_timing(join_caller(granted.spans, caller))
+        spans = join_caller(
+            granted.spans, caller, ordered_unix_ns=granted.ordered_unix_ns, ready_unix_ns=granted.ready_unix_ns
+        )
+        headers["server-timing"] = server_timing(spans)
         self._relay.broker.served(granted.receipt, caller)
 
     async def _failed(self, error: SnowdropError, cause: BaseException) -> web.StreamResponse:

@@ -136,13 +136,17 @@ class ReplicaRoute(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int
     accepting: bool
     receipt: ReceiptId
+    ordered_unix_ns: int
     ready_unix_ns: int
     spans: tuple[Span, ...] = ()
     content: ContentBytes = ContentBytes()
 
 
 class DeploymentRoute(msgspec.Struct, frozen=True, kw_only=True):
-    """All a gateway needs to know of a deployment. With `refusal`, waiting and new requests get that error."""
+    """All a gateway needs to know of a deployment. With `refusal`, waiting and new requests get that error.
+
+    `start_s` is how long the last start took, 0 if none has ended well yet.
+    """
 
     tenant: TenantId
     deployment: DeploymentName
@@ -152,6 +156,7 @@ class DeploymentRoute(msgspec.Struct, frozen=True, kw_only=True):
     replicas: tuple[ReplicaRoute, ...]
     starting: int
     replicas_max: int
+    start_s: float = 0.0
     refusal: ErrorBody | None = None
 
 

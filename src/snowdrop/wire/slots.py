@@ -61,6 +61,8 @@ class Granted(Message, frozen=True, kw_only=True):
     granted_unix_ns: int
     receipt: ReceiptId | None = None
     spans: tuple[Span, ...] = ()
+    ordered_unix_ns: int = 0
+    ready_unix_ns: int = 0
 
 
 class Denied(Message, frozen=True, kw_only=True):
