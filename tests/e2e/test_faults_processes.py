@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import aiohttp
 import anyio
@@ -147,7 +148,7 @@ async def test_two_gateway_workers_one_killed() -> None:
                 tasks.start_soon(stream)
             await _sync(wait_until, lambda: platform.view("shared")["in_flight"] == 4, "all slots are taken")
             # The one that holds most connections first: the kernel may have given all of them to one.
-            workers.sort(key=lambda pid: len(os.listdir(f"/proc/{pid}/fd")), reverse=True)
+            workers.sort(key=lambda pid: len(list(Path(f"/proc/{pid}/fd").iterdir())), reverse=True)
             for worker in workers:
                 os.kill(worker, signal.SIGKILL)
                 # One at a time: the other goes on relaying.
