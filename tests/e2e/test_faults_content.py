@@ -6,13 +6,14 @@ import json
 import os
 import struct
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from e2e_platform import SNOWDROP, CommandError, Platform, session, short_folder
+from e2e_platform import SNOWDROP, CommandError, Platform, session, short_folder, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -112,6 +113,43 @@ def test_a_full_disk_is_said_and_leaves_no_half_model(tmp_path: Path) -> None:
                 assert platform.run("model", "push", "small", str(small))["new_bytes"] > 0
         finally:
             subprocess.run(["umount", str(state)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_and_a_dead_process_take_nothing_down() -> None:
+    """The platform serves on, restarts what died, refuses what must be written, and recovers by itself."""
+    with short_folder() as state:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(state)], check=True)
+        try:
+            with Platform(state) as platform:
+                platform.deploy("basic.py:Echo", "steadfast")
+                call = ("call", "steadfast/echo", '{"text": "x"}')
+                assert platform.run(*call)["text"] == "x"
+                fill = state / "fill"
+                fill_up(fill)
+                platform.kill("gateway")
+                wait_until(lambda: _answers(platform, call), "a new gateway serves")
+                with pytest.raises(CommandError) as refused:
+                    platform.run("scale", "steadfast", "--max", "2")
+                assert refused.value.error["kind"] == "storage_full"
+                fill.unlink()
+                assert platform.run("scale", "steadfast", "--max", "2")["max"] == 2
+                assert platform.run(*call)["text"] == "x"
+        finally:
+            subprocess.run(["umount", str(state)], check=True)
+
+
+def fill_up(path: Path) -> None:
+    with suppress(OSError), open(path, "wb", buffering=0) as file:
+        while file.write(bytes(1 << 16)):
+            pass
+
+
+def _answers(platform: Platform, call: tuple[str, ...]) -> bool:
+    try:
+        return bool(platform.run(*call))
+    except CommandError:
+        return False
 
 
 def test_a_push_that_is_killed_can_be_repeated(platform: Platform, tmp_path: Path) -> None:

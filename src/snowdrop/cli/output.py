@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import typer
@@ -65,8 +65,10 @@ def say_json(value: Any) -> None:
 def table(*columns: str, title: str | None = None) -> Table:
     """A plain table; numbers are given as columns that start with `#`."""
     made = Table(box=None, header_style="bold", pad_edge=False, title=title, title_justify="left")
-    for column in columns:
-        made.add_column(column.removeprefix("#"), justify="right" if column.startswith("#") else "left")
+    for place, column in enumerate(columns):
+        justify: Literal["left", "right"] = "right" if column.startswith("#") else "left"
+        # Names stay whole in a narrow terminal, so that they can be copied; the rest folds.
+        made.add_column(column.removeprefix("#"), justify=justify, no_wrap=place == 0)
     return made
 
 
