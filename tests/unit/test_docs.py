@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -38,3 +39,13 @@ def test_every_setting_is_documented() -> None:
 def test_every_error_kind_is_documented() -> None:
     page = (DOCS / "reference" / "http.md").read_text()
     assert not [kind for kind in error_kinds() if f"`{kind}`" not in page]
+
+
+def test_the_tests_that_hold_the_invariants_exist() -> None:
+    page = (DOCS / "invariants.md").read_text()
+    written = "\n".join(path.read_text() for path in (DOCS.parent / "tests").rglob("*.py"))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 20
+    assert not [name for name in sorted(named) if f"def {name}(" not in written]
+    files = set(re.findall(r"`((?:unit|property|contract|e2e)/test_\w+\.py)`", page))
+    assert not [name for name in sorted(files) if not (DOCS.parent / "tests" / name).exists()]
