@@ -21,7 +21,7 @@ SPEC = LaunchSpec(
     mounts=(Mount(source=9, target="/models/m"), Mount(source=Path("/data/out"), target="/out", read_only=False)),
     env={"A": "b c"},
 )
-ENVIRONMENT = Environment(python="/venv/bin/python", folders=(Path("/home/u/venv"),))
+ENVIRONMENT = Environment(python="/venv/bin/python", folders=(Path("/srv/u/venv"),))
 
 
 def _options(privileges: Privileges) -> list[str]:
@@ -51,9 +51,9 @@ def test_mounts_come_after_their_parents_and_before_the_root_is_closed() -> None
     options = _options(Privileges(drop_to=None))
     assert ["9", "/models/m"] in _pairs(options, "--ro-bind-fd", 2)
     assert ["/data/out", "/out"] in _pairs(options, "--bind", 2)
-    assert ["/home/u/venv"] * 2 in _pairs(options, "--ro-bind", 2)
+    assert ["/srv/u/venv"] * 2 in _pairs(options, "--ro-bind", 2)
     closed = max(at for at, word in enumerate(options) if word == "--remount-ro" and options[at + 1] == "/")
-    assert options.index("/home/u") < options.index("/home/u/venv") < closed
+    assert options.index("/srv/u") < options.index("/srv/u/venv") < closed
     assert ["A", "b c"] in _pairs(options, "--setenv", 2)
 
 
