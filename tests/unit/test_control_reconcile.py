@@ -27,14 +27,14 @@ class Bench:
     """A loop with one node, one gateway, and a deployment of revision rev-1."""
 
     def __init__(self) -> None:
+        self.now_s = 1_000.0
         self.state = MemoryState()
-        self.loop = ControlLoop(self.state, Recorder(), tick_s=0.5)
+        self.loop = ControlLoop(self.state, Recorder(), tick_s=0.5, clock=lambda: self.now_s)
         self.world = self.loop.world
         self.sent: list[tuple[NodeId, Message]] = []
         self.published: list[Message] = []
         self.loop.send_agent = lambda node, message: self.sent.append((node, message))
         self.loop.send_gateways = self.published.append
-        self.now_s = 1_000.0
         self.versions = 10
 
     async def start(self, *, scale: Scale = SCALE, **spec: object) -> None:

@@ -31,7 +31,14 @@ log = logging.getLogger("snowdrop.control")
 class ControlLoop:
     """Owns the world. `send_agent` and `send_gateways` are set by whoever holds the connections."""
 
-    def __init__(self, state: StateStore, recorder: Recorder, *, tick_s: float) -> None:
+    def __init__(
+        self,
+        state: StateStore,
+        recorder: Recorder,
+        *,
+        tick_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.world = World()
         self.state = state
         self.recorder = recorder
@@ -39,6 +46,7 @@ class ControlLoop:
         self.send_agent: Callable[[NodeId, Message], None] = lambda _node, _message: None
         self.send_gateways: Callable[[Message], None] = lambda _message: None
         self._tick_s = tick_s
+        self._clock = clock
         self._dirty: set[DeploymentKey] = set()
         self._wake = anyio.Event()
         self._published: dict[DeploymentKey, DeploymentRoute] = {}
@@ -107,7 +115,7 @@ class ControlLoop:
                 return
         elif entry.report is not None and entry.report.version >= report.version:
             return
-        now_s = time.monotonic()
+        now_s = self._clock()
         ordered_unix_ns = entry.order.ordered_unix_ns if entry is not None and entry.order else 0
         if entry is not None:
             entry.report = report
@@ -157,7 +165,7 @@ class ControlLoop:
     async def look(self, key: DeploymentKey) -> None:
         """One iteration for one deployment."""
         entry = self.world.deployments[key]
-        orders = iterate(self.world, key, now_s=time.monotonic(), now_unix_ns=time.time_ns())
+        orders = iterate(self.world, key, now_s=self._clock(), now_unix_ns=time.time_ns())
         for order in orders:
             self.send_agent(order.node, order.message)
         if entry.deployment.deleting and not any(True for _ in self.world.replicas_of(key)):
@@ -203,7 +211,7 @@ class ControlLoop:
         )
 
     def _wait_s(self) -> float:
-        now_s = time.monotonic()
+        now_s = self._clock()
         looks = [next_look_s(entry, now_s) for entry in self.world.deployments.values()]
         return min([self._tick_s, *(max(0.0, look - now_s) + 0.001 for look in looks if look is not None)])
 
@@ -221,9 +229,9 @@ class ControlLoop:
             concurrency=report.concurrency,
             drain_s_max=report.drain_s_max,
             resources=report.resources,
-            ordered_s=time.monotonic(),
+            ordered_s=self._clock(),
             report=report,
-            ready_s=time.monotonic() if report.state is ReplicaState.READY else None,
+            ready_s=self._clock() if report.state is ReplicaState.READY else None,
             draining="" if deployment else "its deployment is gone",
         )
 
