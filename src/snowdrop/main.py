@@ -124,6 +124,7 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
         state=str(layout.root),
         gateway_url=f"http://{host}:{port}",
         origin_url=settings.content.origin_url,
+        origin=settings.content.origin_options(),
         sandbox="",
         nodes=(),
         gateways=(),

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from snowdrop.content.origin import DirectoryOrigin, MemoryOrigin, Origin, open_origin
+from snowdrop.content.origin.directory import OPEN_FILES_MAX
 from snowdrop.domain.errors import IntegrityError, InvalidInputError, NotFoundError
 
 
@@ -48,6 +49,39 @@ class OriginContract:
         assert sorted(origin.list("a/")) == ["a/1", "a/2"]
         assert sorted(origin.list("")) == ["a/1", "a/2", "b/1"]
 
+    def test_entries_tell_sizes_and_the_time_of_the_last_put(self, origin: Origin) -> None:
+        origin.put("a/1", b"x" * 10)
+        origin.put("b/1", b"x")
+        first = list(origin.entries("a/"))
+        origin.put("a/1", b"x" * 10)
+        second = list(origin.entries("a/"))
+        assert [(entry.key, entry.bytes) for entry in first] == [("a/1", 10)]
+        assert second[0].modified_unix_ns >= first[0].modified_unix_ns > 0
+
+    def test_a_prefix_may_end_inside_a_name(self, origin: Origin) -> None:
+        for key in ("models/abc", "models/abd", "models/b"):
+            origin.put(key, b"x")
+        assert sorted(origin.list("models/ab")) == ["models/abc", "models/abd"]
+        assert list(origin.list("nothing/here")) == []
+
+    def test_what_was_replaced_or_deleted_is_not_read_any_more(self, origin: Origin) -> None:
+        origin.put("k", b"old")
+        origin.read_range("k", 0, memoryview(bytearray(3)))
+        origin.put("k", b"new")
+        into = bytearray(3)
+        origin.read_range("k", 0, memoryview(into))
+        assert into == b"new"
+        origin.delete("k")
+        with pytest.raises(NotFoundError):
+            origin.read_range("k", 0, memoryview(into))
+
+    def test_it_can_be_used_after_close(self, origin: Origin) -> None:
+        origin.put("k", b"x")
+        origin.read_range("k", 0, memoryview(bytearray(1)))
+        origin.close()
+        origin.read_range("k", 0, memoryview(bytearray(1)))
+        origin.close()
+
     def test_delete_removes_and_may_be_repeated(self, origin: Origin) -> None:
         origin.put("k", b"x")
         origin.delete("k")
@@ -70,6 +104,38 @@ class TestDirectoryOrigin(OriginContract):
     @pytest.fixture
     def origin(self, tmp_path: Path) -> Origin:
         return DirectoryOrigin(tmp_path / "origin")
+
+
+def test_what_a_killed_put_left_is_not_listed_and_is_swept_when_old(tmp_path: Path) -> None:
+    origin = DirectoryOrigin(tmp_path)
+    origin.put("a/k", b"kept")
+    leftover = tmp_path / "a/k.put-1.tmp"
+    leftover.write_bytes(b"half")
+    written_ns = leftover.stat().st_mtime_ns
+    assert [entry.key for entry in origin.entries("")] == ["a/k"]
+    assert origin.sweep(written_ns) == (0, 0)
+    assert origin.sweep(written_ns + 1, dry_run=True) == (1, 4)
+    assert origin.sweep(written_ns + 1) == (1, 4)
+    assert not leftover.exists()
+    assert origin.exists("a/k")
+
+
+def test_open_files_of_a_directory_are_few_and_see_other_writers(tmp_path: Path) -> None:
+    reader, writer = DirectoryOrigin(tmp_path), DirectoryOrigin(tmp_path)
+    into = bytearray(1)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for index in range(OPEN_FILES_MAX + 8):
+        writer.put(f"k{index}", b"a")
+        reader.read_range(f"k{index}", 0, memoryview(into))
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= OPEN_FILES_MAX
+    writer.put("k39", b"b")
+    reader.read_range("k39", 0, memoryview(into))
+    assert into == b"b"
+    writer.delete("k39")
+    with pytest.raises(NotFoundError):
+        reader.read_range("k39", 0, memoryview(into))
+    reader.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_file_url_opens_a_directory(tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ async def run_agent(
         ram_bytes_max=settings.content.ram_bytes_max,
         disk_bytes_max=settings.content.disk_bytes_max,
         fetch_threads=settings.content.fetch_threads,
+        origin=settings.content.origin_options(),
+        origin_bytes_per_s_max=settings.content.origin_bytes_per_s_max,
+        tenant_bytes_per_s_max=settings.content.tenant_bytes_per_s_max,
     )
     keeper = DataPlaneKeeper(data_plane, node.renew_pins)
     context = NodeContext(

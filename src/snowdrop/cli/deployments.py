@@ -59,7 +59,7 @@ def deploy(
         _check_environment(spec)
         chosen = parse_name(_dashed(spec.class_name) if name is None else name, what="deployment name")
         folder = Path(file).resolve().parent
-        code = push_code(folder, open_origin(info.origin_url), tenant=TenantId(ctx.tenant))
+        code = push_code(folder, open_origin(info.origin_url, info.origin), tenant=TenantId(ctx.tenant))
         body = Deploy(spec=spec, code=code.artefact)
         deployed = ctx.client.send(Deployed, "POST", "deployments", chosen, body=body)
         if ctx.json:

@@ -46,7 +46,11 @@ def push(
                 bar.update(task, completed=state.done_bytes, total=state.total_bytes)
 
             result = push_directory(
-                source, open_origin(info.origin_url), kind="model", tenant=TenantId(ctx.tenant), progress=progress
+                source,
+                open_origin(info.origin_url, info.origin),
+                kind="model",
+                tenant=TenantId(ctx.tenant),
+                progress=progress,
             )
         body = PutModel(artefact=result.artefact, source=str(source))
         record = ctx.client.send(ModelRecord, "PUT", "models", name, body=body)
@@ -90,7 +94,7 @@ def show(name: str, json: JsonFlag = False) -> None:
     with reported():
         ctx = context(json=json)
         record = ctx.client.get(ModelRecord, "models", name)
-        manifest = _manifest(ctx.client.get(Info, "info").origin_url, record)
+        manifest = _manifest(ctx.client.get(Info, "info"), record)
         if ctx.json:
             say_json({"model": record, "files": manifest.files})
             return
@@ -115,8 +119,8 @@ def rm(name: str, json: JsonFlag = False) -> None:
             console.print(f"removed {name}; its bytes stay at the origin, where another push of it reuses them")
 
 
-def _manifest(origin_url: str, record: ModelRecord) -> Manifest:
-    origin = open_origin(origin_url)
+def _manifest(info: Info, record: ModelRecord) -> Manifest:
+    origin = open_origin(info.origin_url, info.origin)
     key = manifest_key(PUBLIC_DOMAIN, record.artefact.manifest)
     data = bytearray(origin.size(key))
     origin.read_range(key, 0, memoryview(data))

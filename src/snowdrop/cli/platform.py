@@ -120,7 +120,9 @@ def _start(ctx: Context) -> bool:
     if lock is None:
         return False
     try:
-        open_origin(settings.content.origin_url)  # refuses one that this version cannot read
+        open_origin(
+            settings.content.origin_url, settings.content.origin_options()
+        )  # refuses one that this version cannot read
         if not settings.agent.unsafe_no_sandbox:
             _require_sandbox(settings.agent.bwrap)
         ctx.layout.settings.write_bytes(msgspec.json.encode(settings))

@@ -7,18 +7,26 @@ from typing import Annotated
 import msgspec
 
 from snowdrop.domain.errors import InvalidInputError
+from snowdrop.domain.origin import OriginOptions
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class DataPlaneSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`ram_bytes_max` bounds landing areas, `disk_bytes_max` landing directories, both pinned ones included."""
+    """`ram_bytes_max` bounds landing areas, `disk_bytes_max` landing directories, both pinned ones included.
+
+    Bytes per second from the origin are bounded in all and for each tenant; 0 is no bound.
+    """
 
     origin_url: str
     cache_directory: str
     ram_bytes_max: Positive
     disk_bytes_max: Positive
     fetch_threads: Positive = 8
+    origin: OriginOptions = OriginOptions()
+    origin_bytes_per_s_max: NonNegative = 0
+    tenant_bytes_per_s_max: NonNegative = 0
 
 
 def decode_settings(data: bytes) -> DataPlaneSettings:

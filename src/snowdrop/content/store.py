@@ -308,7 +308,7 @@ async def open_store(
 
     `origin` and `disk` replace those of the settings, for tests. Raises InvalidInputError, ConflictError.
     """
-    origin = origin or open_origin(settings.origin_url)
+    origin = origin or open_origin(settings.origin_url, settings.origin)
     disk = disk or DiskTier(Path(settings.cache_directory), settings.disk_bytes_max)
     ram = RamTier(settings.ram_bytes_max)
     await anyio.to_thread.run_sync(disk.open)

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import msgspec
 
+from snowdrop.domain.origin import OriginOptions
+
 Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Workers = Annotated[int, msgspec.Meta(ge=1, le=64)]
@@ -61,12 +63,33 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ContentSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where content comes from and how much of it the node keeps. An empty origin is a folder in the state."""
+    """Where content comes from and how much of it the node keeps. An empty origin is a folder in the state.
+
+    Secrets are no settings: they come from the environment, or from `origin_credentials_file`. The two limits of
+    bytes per second are of this node, 0 is none; `tenant_bytes_per_s_max` holds for each tenant by itself.
+    """
 
     origin_url: str = ""
+    origin_endpoint: str = ""
+    origin_region: str = ""
+    origin_credentials_file: str = ""
+    origin_ca_file: str = ""
+    origin_anonymous: bool = False
+    origin_bytes_per_s_max: Bytes = 0
+    tenant_bytes_per_s_max: Bytes = 0
     ram_bytes_max: SomeBytes = 4 << 30
     disk_bytes_max: SomeBytes = 100 << 30
     fetch_threads: Workers = 4
+
+    def origin_options(self) -> OriginOptions:
+        """How to reach `origin_url`."""
+        return OriginOptions(
+            endpoint=self.origin_endpoint,
+            region=self.origin_region,
+            credentials_file=self.origin_credentials_file,
+            ca_file=self.origin_ca_file,
+            anonymous=self.origin_anonymous,
+        )
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from snowdrop.domain.deployment import NodeRecord, Revision
 from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.ids import DeploymentName, ModelName, RevisionId
 from snowdrop.domain.manifest import ArtefactRef
+from snowdrop.domain.origin import OriginOptions
 from snowdrop.domain.replica import ReplicaReport
 from snowdrop.domain.service import Scale, ServiceSpec
 
@@ -25,6 +26,7 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     sandbox: str
     nodes: tuple[NodeRecord, ...]
     gateways: tuple[str, ...]
+    origin: OriginOptions = OriginOptions()
 
 
 class PutModel(msgspec.Struct, frozen=True, kw_only=True):
