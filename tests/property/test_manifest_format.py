@@ -7,7 +7,7 @@ from snowdrop.content.manifest import decode_manifest, encode_manifest, manifest
 from snowdrop.content.paths import parse_tree_path
 from snowdrop.content.safetensors import read_header
 from snowdrop.domain.errors import CorruptContentError, IntegrityError, SnowdropError
-from snowdrop.domain.manifest import ChunkRef, Extent, FileEntry, Manifest, PackRef, TensorEntry
+from snowdrop.domain.manifest import FORMAT_VERSION, ChunkRef, Extent, FileEntry, Manifest, PackRef, TensorEntry
 
 HEX = st.text("0123456789abcdef", min_size=64, max_size=64)
 NAMES = st.text(
@@ -18,10 +18,12 @@ NAMES = st.text(
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     sizes = draw(st.lists(st.integers(1, 4 << 20), max_size=6))
+    digests = draw(st.lists(HEX, min_size=len(sizes), max_size=len(sizes), unique=True))
     chunks, offset = [], 0
-    for size in sizes:
-        chunks.append(ChunkRef(draw(HEX), size, 0, offset, size))
-        offset += size
+    for size, digest in zip(sizes, digests, strict=True):
+        packed = draw(st.integers(1, size))
+        chunks.append(ChunkRef(digest, size, 0, offset, packed, "plain" if packed == size else "zstd"))
+        offset += packed
     packs = (PackRef(draw(HEX), offset),) if sizes else ()
     names = draw(st.lists(NAMES, min_size=1, max_size=4, unique=True))
     files = []
@@ -47,7 +49,12 @@ def manifests(draw: st.DrawFn) -> Manifest:
             )
         )
     return Manifest(
-        version=1, kind="model", key_domain="public", files=tuple(files), chunks=tuple(chunks), packs=packs
+        version=FORMAT_VERSION,
+        kind="model",
+        key_domain="public",
+        files=tuple(files),
+        chunks=tuple(chunks),
+        packs=packs,
     )
 
 

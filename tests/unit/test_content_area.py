@@ -32,7 +32,7 @@ def manifest_of(sizes: list[int]) -> Manifest:
         )
     chunks = tuple(ChunkRef(HEX, size, 0, sum(sizes[:index]), size) for index, size in enumerate(sizes))
     return Manifest(
-        version=1,
+        version=2,
         kind="model",
         key_domain="public",
         files=tuple(files),

@@ -8,8 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Literal, Protocol
 
-from blake3 import blake3
-
+from snowdrop.content.keys import PUBLIC_HASHER, Hasher
 from snowdrop.content.layout import pack_key
 from snowdrop.content.origin import Origin
 from snowdrop.domain.errors import InvalidInputError
@@ -87,13 +86,18 @@ def _end(chunks: tuple[ChunkRef, ...], begin: int, end: int, done: int) -> int:
     return done + sum(chunk.plain_bytes for chunk in chunks[begin:end])
 
 
-def bad_chunks(manifest: Manifest, first: int, count: int, view: memoryview) -> list[int]:
-    """Those of `count` chunks from `first` whose bytes in `view` do not match their digest."""
+def bad_chunks(
+    manifest: Manifest, first: int, count: int, view: memoryview, hasher: Hasher = PUBLIC_HASHER
+) -> list[int]:
+    """Those of `count` chunks from `first` whose bytes in `view` do not match their digest.
+
+    `hasher` is that of the manifest's key domain (`keys.chunk_hasher`); under another one every chunk is bad.
+    """
     bad: list[int] = []
     done = 0
     for index in range(first, first + count):
         chunk = manifest.chunks[index]
-        if blake3(view[done : done + chunk.plain_bytes]).hexdigest() != chunk.digest:
+        if hasher.hexdigest(view[done : done + chunk.plain_bytes]) != chunk.digest:
             bad.append(index)
         done += chunk.plain_bytes
     return bad

@@ -43,6 +43,11 @@ class StateLayout(msgspec.Struct, frozen=True):
         return self.root / "origin"
 
     @property
+    def content_keys(self) -> Path:
+        """Tenants' keys for private content, one file each."""
+        return self.root / "content-keys"
+
+    @property
     def cache(self) -> Path:
         return self.root / "cache"
 

@@ -10,11 +10,14 @@ import msgspec
 
 from snowdrop.domain.ids import Digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHUNK_BYTES_MAX = 4 << 20
 PACK_BYTES_MAX = 64 << 20
 MANIFEST_BYTES_MAX = 64 << 20
 FILES_MAX = 1_000_000
+BRACKETS_MAX = 2_000_000
+COMMAS_MAX = 8_000_000
+"""Most `[` and `{`, and most `,`, in an encoded manifest: checked before anything is allocated for its values."""
 PATH_BYTES_MAX = 4096
 
 Codec = Literal["plain", "zstd"]
@@ -24,8 +27,8 @@ TreeKind = Literal["model", "code", "image"]
 class ChunkRef(msgspec.Struct, frozen=True, array_like=True):
     """One chunk and where its bytes lie at the origin.
 
-    `digest` is the BLAKE3-256 of the plaintext, 64 hex digits; `stored_bytes` is its length inside the pack,
-    which differs from `plain_bytes` only if `codec` is not "plain".
+    `digest` is the BLAKE3-256 of the plaintext in the manifest's key domain, 64 hex digits; `stored_bytes` is its
+    length inside the pack: `plain_bytes` if `codec` is "plain", otherwise less.
     """
 
     digest: str
@@ -67,17 +70,18 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PackRef(msgspec.Struct, frozen=True, array_like=True):
-    """An object of many chunks at the origin, named by the BLAKE3-256 of its bytes."""
+    """An object of many chunks at the origin, named by the BLAKE3-256 of its bytes in its key domain."""
 
     digest: str
     size: int
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """An immutable tree. Its digest (BLAKE3 of the canonical encoding) names the artefact.
+    """An immutable tree. Its digest (BLAKE3 of the canonical encoding, in its key domain) names the artefact.
 
-    `key_domain` says in whose name chunks are hashed: "public", or a tenant's key id for private content.
-    Chunks are listed in load order; packs hold them in that order.
+    `key_domain` says in whose name chunks, packs and manifest are hashed: "public", or `t-` and the id of a
+    tenant's key for private content. Chunks are listed in load order. A pack may hold chunks of other manifests
+    too.
     """
 
     version: int
@@ -100,3 +104,4 @@ class ArtefactRef(msgspec.Struct, frozen=True, kw_only=True):
     kind: TreeKind
     total_bytes: int
     file_count: int
+    key_domain: str = "public"
