@@ -109,8 +109,11 @@ async def _supervise(layout: StateLayout, settings: Settings, arguments: argpars
 
 async def _control(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
     from snowdrop import __version__
+    from snowdrop.content.origin import open_origin
+    from snowdrop.content.signing import KeyStore
     from snowdrop.control.api import Api
     from snowdrop.control.loop import ControlLoop
+    from snowdrop.control.origin_roots import OriginRoots, platform_id
     from snowdrop.control.peers import Peers
     from snowdrop.control.recorder import Recorder
     from snowdrop.state.sqlite import SqliteState
@@ -136,8 +139,11 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
         peers = Peers(loop, settle_s_max=settings.control.settle_s_max)
         await loop.load()
         await peers.load_keys()
+        keys = KeyStore(layout.keys)
+        origin = open_origin(settings.content.origin_url, settings.content.origin_options())
+        roots = OriginRoots(origin, keys, state, loop.world, platform_id(layout.keys / "platform"))
         links = await _listen_unix(layout.link_socket)
-        api = serving_unix(Api(loop, peers, info).app(), layout.control_socket)
+        api = serving_unix(Api(loop, peers, info, roots).app(), layout.control_socket)
         async with links, api, anyio.create_task_group() as recording:
             recording.start_soon(recorder.run)
             async with anyio.create_task_group() as tasks:

@@ -10,6 +10,7 @@ from platform_helpers import NODE, artefact, caller, deployment, receipt, replic
 from snowdrop.domain.deployment import ModelRecord
 from snowdrop.domain.errors import ConflictError
 from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, ModelName, ReceiptId, RevisionId, TenantId
+from snowdrop.domain.ref import Seen
 from snowdrop.domain.replica import ReplicaState
 from snowdrop.domain.service import Scale
 from snowdrop.domain.usage import UsageTotal
@@ -36,8 +37,12 @@ async def state(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         await store.aclose()
 
 
-def model(name: str = "minilm", *, tenant: TenantId = DEFAULT_TENANT, letter: str = "a") -> ModelRecord:
-    return ModelRecord(tenant=tenant, name=ModelName(name), artefact=artefact(letter), created_unix_ns=1)
+def model(
+    name: str = "minilm", *, tenant: TenantId = DEFAULT_TENANT, letter: str = "a", generation: int = 1
+) -> ModelRecord:
+    return ModelRecord(
+        tenant=tenant, name=ModelName(name), artefact=artefact(letter), created_unix_ns=1, generation=generation
+    )
 
 
 def key(name: str = "ci", *, tenant: TenantId = DEFAULT_TENANT) -> KeyRecord:
@@ -47,8 +52,31 @@ def key(name: str = "ci", *, tenant: TenantId = DEFAULT_TENANT) -> KeyRecord:
 class TestModels:
     async def test_the_last_write_counts(self, state: StateStore) -> None:
         await state.put_model(model(letter="a"))
-        await state.put_model(model(letter="b"))
-        assert await state.get_model(DEFAULT_TENANT, ModelName("minilm")) == model(letter="b")
+        await state.put_model(model(letter="b", generation=2))
+        assert await state.get_model(DEFAULT_TENANT, ModelName("minilm")) == model(letter="b", generation=2)
+
+    async def test_an_older_generation_is_refused_also_after_a_deletion(self, state: StateStore) -> None:
+        name = ModelName("minilm")
+        assert await state.newest_ref(DEFAULT_TENANT, name) is None
+        await state.put_model(model(letter="a", generation=3))
+        await state.put_model(model(letter="a", generation=3))  # told twice
+        for stale in (model(letter="b", generation=2), model(letter="b", generation=3)):
+            with pytest.raises(ConflictError, match="generation 3"):
+                await state.put_model(stale)
+        assert await state.get_model(DEFAULT_TENANT, name) == model(letter="a", generation=3)
+        await state.delete_model(DEFAULT_TENANT, name)
+        with pytest.raises(ConflictError):
+            await state.put_model(model(letter="b", generation=2))
+        assert await state.get_model(DEFAULT_TENANT, name) is None
+        assert await state.newest_ref(DEFAULT_TENANT, name) == Seen(generation=3, manifest=artefact("a").manifest)
+        assert await state.newest_ref(OTHER, name) is None
+
+    async def test_all_tenants_models_and_revisions_can_be_listed(self, state: StateStore) -> None:
+        for tenant in (OTHER, DEFAULT_TENANT):
+            await state.put_model(model(tenant=tenant))
+            await state.put_revision(revision(tenant=tenant))
+        assert [m.tenant for m in await state.list_models(None)] == [DEFAULT_TENANT, OTHER]
+        assert {r.tenant for r in await state.list_all_revisions()} == {DEFAULT_TENANT, OTHER}
 
     async def test_listed_by_name_and_deleted_once(self, state: StateStore) -> None:
         for name in ("c", "a", "b"):

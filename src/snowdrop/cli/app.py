@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from snowdrop import __version__
-from snowdrop.cli import deployments, dev, keys, models, platform, receipts
+from snowdrop.cli import deployments, dev, keys, models, platform, receipts, store
 from snowdrop.cli.output import Globals
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ app.command()(platform.down)
 app.command()(platform.doctor)
 app.command()(platform.config)
 app.add_typer(models.app, name="model")
+app.add_typer(store.app, name="store")
 app.command()(deployments.deploy)
 app.command()(deployments.ps)
 app.command()(deployments.describe)

@@ -42,6 +42,10 @@ class Client:
         self._layout = layout
         self._tenant = tenant
 
+    def of(self, tenant: str) -> Client:
+        """The same, for another tenant."""
+        return Client(self._layout, tenant)
+
     def get(self, kind: type[T], *path: str, **query: Any) -> T:
         return self._decoded(kind, "GET", path, None, query)
 

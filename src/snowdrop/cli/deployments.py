@@ -31,6 +31,7 @@ from snowdrop.cli.output import (
 )
 from snowdrop.cli.platform import JsonFlag
 from snowdrop.content.ingest import push_code
+from snowdrop.content.leases import push_lease
 from snowdrop.content.origin import open_origin
 from snowdrop.domain.errors import InvalidInputError, NotFoundError, PlatformDownError
 from snowdrop.domain.ids import TenantId, parse_name
@@ -59,9 +60,13 @@ def deploy(
         _check_environment(spec)
         chosen = parse_name(_dashed(spec.class_name) if name is None else name, what="deployment name")
         folder = Path(file).resolve().parent
-        code = push_code(folder, open_origin(info.origin_url, info.origin), tenant=TenantId(ctx.tenant))
-        body = Deploy(spec=spec, code=code.artefact)
-        deployed = ctx.client.send(Deployed, "POST", "deployments", chosen, body=body)
+        # The lease is held until the revision names the code: until then collection must not take it for garbage.
+        origin = open_origin(info.origin_url, info.origin)
+        with push_lease(origin, purpose=f"deploy of {ctx.tenant}/{chosen}") as lease:
+            code = push_code(folder, lease.origin, tenant=TenantId(ctx.tenant))
+            lease.check()
+            body = Deploy(spec=spec, code=code.artefact)
+            deployed = ctx.client.send(Deployed, "POST", "deployments", chosen, body=body)
         if ctx.json:
             say_json(deployed)
             return

@@ -11,14 +11,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from snowdrop.cli.output import console, context, errors, human_age, human_bytes, reported, say_json, table
 from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.publishing import publication
 from snowdrop.content.ingest import PushProgress, push_directory
-from snowdrop.content.layout import PUBLIC_DOMAIN, manifest_key
+from snowdrop.content.layout import manifest_key
 from snowdrop.content.manifest import decode_manifest
 from snowdrop.content.origin import open_origin
 from snowdrop.domain.deployment import ModelRecord
 from snowdrop.domain.ids import TenantId, parse_name
 from snowdrop.domain.manifest import Manifest
-from snowdrop.wire.api import Info, PutModel
+from snowdrop.wire.api import Info
 
 app = typer.Typer(no_args_is_help=True, help="Models: push, list, show, remove.")
 
@@ -33,27 +34,24 @@ def push(
     with reported():
         ctx = context(json=json)
         parse_name(name, what="model name")
-        info = ctx.client.get(Info, "info")
         started_s = time.monotonic()
         columns = (
             *(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=errors, disable=ctx.json, transient=True) as bar:
+        with (
+            publication(ctx, name) as push_of_model,
+            Progress(*columns, console=errors, disable=ctx.json, transient=True) as bar,
+        ):
             task = bar.add_task(f"pushing {name}", total=None)
 
             def progress(state: PushProgress) -> None:
                 bar.update(task, completed=state.done_bytes, total=state.total_bytes)
 
             result = push_directory(
-                source,
-                open_origin(info.origin_url, info.origin),
-                kind="model",
-                tenant=TenantId(ctx.tenant),
-                progress=progress,
+                source, push_of_model.origin, kind="model", tenant=TenantId(ctx.tenant), progress=progress
             )
-        body = PutModel(artefact=result.artefact, source=str(source))
-        record = ctx.client.send(ModelRecord, "PUT", "models", name, body=body)
+            record = push_of_model.publish(ctx, result.artefact, source=str(source))
         if ctx.json:
             say_json({"model": record, "new_bytes": result.new_bytes, "reused_bytes": result.reused_bytes})
             return
@@ -109,19 +107,19 @@ def show(name: str, json: JsonFlag = False) -> None:
 
 @app.command()
 def rm(name: str, json: JsonFlag = False) -> None:
-    """Remove a model's name. Its chunks stay at the origin until they are collected."""
+    """Remove a model's name. Its bytes stay at the origin until `snowdrop store gc` collects them."""
     with reported():
         ctx = context(json=json)
         ctx.client.delete("models", name)
         if ctx.json:
             say_json({"removed": name})
         else:
-            console.print(f"removed {name}; its bytes stay at the origin, where another push of it reuses them")
+            console.print(f"removed {name}; its bytes stay at the origin until `snowdrop store gc` collects them")
 
 
 def _manifest(info: Info, record: ModelRecord) -> Manifest:
     origin = open_origin(info.origin_url, info.origin)
-    key = manifest_key(PUBLIC_DOMAIN, record.artefact.manifest)
+    key = manifest_key(record.artefact.key_domain, record.artefact.manifest)
     data = bytearray(origin.size(key))
     origin.read_range(key, 0, memoryview(data))
     return decode_manifest(bytes(data), expected=record.artefact.manifest)

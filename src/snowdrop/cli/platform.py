@@ -18,6 +18,7 @@ from rich.text import Text
 from snowdrop.agent.probe import Probe, probe_sandbox, run_all
 from snowdrop.cli.output import Context, console, context, errors, reported, say_json, table
 from snowdrop.content.origin import open_origin
+from snowdrop.content.signing import KeyStore
 from snowdrop.domain.errors import PlatformDownError, SandboxError, SnowdropError, TimedOutError
 from snowdrop.engine.local import PlatformRecord, is_running, read_record, take_lock
 from snowdrop.wire.api import Info
@@ -125,6 +126,7 @@ def _start(ctx: Context) -> bool:
         )  # refuses one that this version cannot read
         if not settings.agent.unsafe_no_sandbox:
             _require_sandbox(settings.agent.bwrap)
+        KeyStore(ctx.layout.keys).signer()  # so that what is trusted is known before anything is pushed
         ctx.layout.settings.write_bytes(msgspec.json.encode(settings))
         with _listen(settings.gateway.host, settings.gateway.port) as listener:
             _spawn_supervisor(ctx, listener, lock)

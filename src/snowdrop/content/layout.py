@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snowdrop.domain.ids import Digest
+from snowdrop.domain.ids import Digest, TenantId
 
 PUBLIC_DOMAIN = "public"
 """Key domain of content whose chunks are named by their plain hash, shared by all tenants."""
@@ -16,3 +16,7 @@ def pack_key(domain: str, digest: str) -> str:
 def manifest_key(domain: str, digest: Digest) -> str:
     name = digest.removeprefix("blake3:")
     return f"{domain}/manifests/{name[:2]}/{name}"
+
+
+def ref_key(domain: str, tenant: TenantId, name: str) -> str:
+    return f"{domain}/refs/{tenant}/{name}"

@@ -12,13 +12,24 @@ from aiohttp import web
 
 from snowdrop.control.deploying import Deploying, unknown_deployment, unknown_model
 from snowdrop.control.loop import ControlLoop
+from snowdrop.control.origin_roots import OriginRoots
 from snowdrop.control.peers import Peers
 from snowdrop.control.views import deployment_view, describe
 from snowdrop.domain.errors import InvalidInputError, NotFoundError, PlatformDownError, SnowdropError
 from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, ModelName, ReceiptId, TenantId, parse_name
 from snowdrop.state.port import KeyRecord
 from snowdrop.tenancy.keys import make_key
-from snowdrop.wire.api import TENANT_HEADER, Deploy, Deployed, Info, NewKey, PutModel, SetScale
+from snowdrop.wire.api import (
+    TENANT_HEADER,
+    Deploy,
+    Deployed,
+    Info,
+    NewKey,
+    NextGeneration,
+    PutModel,
+    SetScale,
+    StoreModels,
+)
 
 BODY_BYTES_MAX = 16 << 20
 LIST_DEFAULT = 50
@@ -61,12 +72,13 @@ async def _typed_errors(request: web.Request, handler: Handler) -> web.StreamRes
 class Api:
     """Handlers. `info` is everything about the platform that does not change while it runs."""
 
-    def __init__(self, loop: ControlLoop, peers: Peers, info: Info) -> None:
+    def __init__(self, loop: ControlLoop, peers: Peers, info: Info, roots: OriginRoots) -> None:
         self._loop = loop
         self._state = loop.state
         self._peers = peers
         self._info = info
-        self._deploying = Deploying(loop)
+        self._roots = roots
+        self._deploying = Deploying(loop, roots)
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[_typed_errors], client_max_size=BODY_BYTES_MAX)
@@ -76,7 +88,10 @@ class Api:
                 web.get("/v1/models", self._list_models),
                 web.get("/v1/models/{name}", self._get_model),
                 web.put("/v1/models/{name}", self._put_model),
+                web.get("/v1/models/{name}/generation", self._next_generation),
                 web.delete("/v1/models/{name}", self._delete_model),
+                web.get("/v1/store/roots", self._store_roots),
+                web.get("/v1/store/models", self._store_models),
                 web.get("/v1/deployments", self._list_deployments),
                 web.post("/v1/deployments/{name}", self._deploy),
                 web.get("/v1/deployments/{name}", self._describe),
@@ -114,6 +129,18 @@ class Api:
     async def _put_model(self, request: web.Request) -> web.Response:
         body = await _body(request, PutModel)
         return _json(await self._deploying.put_model(_tenant(request), request.match_info["name"], body), 201)
+
+    async def _next_generation(self, request: web.Request) -> web.Response:
+        name = ModelName(parse_name(request.match_info["name"], what="model name"))
+        generation = await self._roots.next_generation(_tenant(request), name)
+        return _json(NextGeneration(generation=generation))
+
+    async def _store_roots(self, _request: web.Request) -> web.Response:
+        async with self._roots.changing:
+            return _json(await self._roots.gather())
+
+    async def _store_models(self, _request: web.Request) -> web.Response:
+        return _json(StoreModels(models=tuple(await self._state.list_models(None))))
 
     async def _delete_model(self, request: web.Request) -> web.Response:
         await self._deploying.delete_model(_tenant(request), request.match_info["name"])

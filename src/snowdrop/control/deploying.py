@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from snowdrop.control.loop import ControlLoop
+from snowdrop.control.origin_roots import OriginRoots
 from snowdrop.domain.deployment import BoundModel, Deployment, ModelRecord, Revision
 from snowdrop.domain.errors import ConflictError, NotFoundError
 from snowdrop.domain.ids import DeploymentName, ModelName, RevisionId, TenantId, fresh_id, parse_name
@@ -20,20 +21,16 @@ ATTEMPTS_MAX = 5
 class Deploying:
     """The write side of the API."""
 
-    def __init__(self, loop: ControlLoop) -> None:
+    def __init__(self, loop: ControlLoop, roots: OriginRoots) -> None:
         self._loop = loop
         self._state = loop.state
+        self._roots = roots
 
     async def put_model(self, tenant: TenantId, name: str, body: PutModel) -> ModelRecord:
-        record = ModelRecord(
-            tenant=tenant,
-            name=ModelName(parse_name(name, what="model name")),
-            artefact=body.artefact,
-            created_unix_ns=time.time_ns(),
-            source=body.source,
-        )
-        await self._state.put_model(record)
-        return record
+        """Points a model's name at content. Raises as `OriginRoots.publish`."""
+        model = ModelName(parse_name(name, what="model name"))
+        async with self._roots.changing:
+            return await self._roots.publish(tenant, model, body)
 
     async def delete_model(self, tenant: TenantId, name: str) -> None:
         """Raises ConflictError while a deployment's current revision uses it."""
@@ -44,28 +41,20 @@ class Deploying:
                     where=f"deployment {key[1]}",
                     next_step=f"`snowdrop delete {key[1]}` first",
                 )
-        if not await self._state.delete_model(tenant, ModelName(name)):
-            raise unknown_model(name)
+        async with self._roots.changing:
+            record = await self._state.get_model(tenant, ModelName(name))
+            if record is None:
+                raise unknown_model(name)
+            # The ref first: without it the model can still be removed; a ref without its model would stay.
+            await self._roots.unpublish(record)
+            await self._state.delete_model(tenant, ModelName(name))
 
     async def deploy(self, tenant: TenantId, name: str, body: Deploy) -> tuple[Revision, bool]:
         """A new revision of a deployment, which is made if it is not there. The flag says whether it was made."""
         deployment_name = DeploymentName(parse_name(name, what="deployment name"))
-        models: list[BoundModel] = []
-        for model in body.spec.models:
-            record = await self._state.get_model(tenant, ModelName(model.name))
-            if record is None:
-                raise unknown_model(model.name)
-            models.append(BoundModel(name=record.name, param=model.param, artefact=record.artefact))
-        revision = Revision(
-            id=RevisionId(fresh_id("rev")),
-            tenant=tenant,
-            deployment=deployment_name,
-            created_unix_ns=time.time_ns(),
-            spec=body.spec,
-            code=body.code,
-            models=tuple(models),
-        )
-        await self._state.put_revision(revision)
+        # Until the revision names its content, nobody may take stock of what is named: see collection.md.
+        async with self._roots.changing:
+            revision = await self._make_revision(tenant, deployment_name, body)
         for _ in range(ATTEMPTS_MAX):
             stored = await self._state.get_deployment(tenant, deployment_name)
             generation = stored.generation if stored else 0
@@ -83,6 +72,26 @@ class Deploying:
             await self._loop.set_deployment(deployment)
             return revision, stored is None
         raise ConflictError(f"deployment {name!r} is being changed by others", next_step="try again")
+
+    async def _make_revision(self, tenant: TenantId, deployment_name: DeploymentName, body: Deploy) -> Revision:
+        models: list[BoundModel] = []
+        for model in body.spec.models:
+            record = await self._state.get_model(tenant, ModelName(model.name))
+            if record is None:
+                raise unknown_model(model.name)
+            models.append(BoundModel(name=record.name, param=model.param, artefact=record.artefact))
+        revision = Revision(
+            id=RevisionId(fresh_id("rev")),
+            tenant=tenant,
+            deployment=deployment_name,
+            created_unix_ns=time.time_ns(),
+            spec=body.spec,
+            code=body.code,
+            models=tuple(models),
+        )
+        await self._roots.publish_roots([revision.code, *(bound.artefact for bound in models)])
+        await self._state.put_revision(revision)
+        return revision
 
     async def scale(self, tenant: TenantId, name: str, body: SetScale) -> Scale:
         """Overrides the revision's scale; also gives a crash-looping revision another chance."""

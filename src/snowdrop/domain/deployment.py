@@ -53,13 +53,14 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A model's name and the content it points to now."""
+    """A model's name and the content it points to now. `generation` is that of its signed ref."""
 
     tenant: TenantId
     name: ModelName
     artefact: ArtefactRef
     created_unix_ns: int
     source: str = ""
+    generation: int = 0
 
 
 class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -84,6 +84,13 @@ class IntegrityError(SnowdropError):
     retryable = True
 
 
+class UntrustedError(SnowdropError):
+    """A ref that is not signed by a trusted key, is not the one asked for, or is older than one seen before."""
+
+    kind = "untrusted"
+    http_status = 403
+
+
 class UnauthorisedError(SnowdropError):
     kind = "unauthorised"
     http_status = 401

@@ -39,6 +39,11 @@ class StateLayout(msgspec.Struct, frozen=True):
         return self.root / "usage.db"
 
     @property
+    def keys(self) -> Path:
+        """Keys that sign refs and that are trusted to (`content.signing`)."""
+        return self.root / "keys"
+
+    @property
     def origin(self) -> Path:
         return self.root / "origin"
 

@@ -98,7 +98,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ArtefactRef(msgspec.Struct, frozen=True, kw_only=True):
-    """Enough to fetch an artefact: the manifest's digest and its sizes, for display and placement."""
+    """Enough to fetch an artefact: the manifest's digest and its sizes, for display and placement.
+
+    `key_domain` is the manifest's: it says where at the origin the manifest lies.
+    """
 
     manifest: Digest
     kind: TreeKind

@@ -8,6 +8,7 @@ from snowdrop.domain.deployment import Deployment, ModelRecord, Revision
 from snowdrop.domain.errors import ConflictError
 from snowdrop.domain.ids import DeploymentName, ModelName, NodeId, ReceiptId, ReplicaId, RevisionId, TenantId
 from snowdrop.domain.receipt import CallerTimes, Receipt
+from snowdrop.domain.ref import Seen
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport
 from snowdrop.domain.usage import UsageRecord, UsageTotal
 from snowdrop.state.port import KeyRecord
@@ -18,6 +19,7 @@ class MemoryState:
 
     def __init__(self) -> None:
         self._models: dict[tuple[TenantId, ModelName], ModelRecord] = {}
+        self._seen: dict[tuple[TenantId, ModelName], Seen] = {}
         self._revisions: dict[tuple[TenantId, DeploymentName, RevisionId], Revision] = {}
         self._deployments: dict[tuple[TenantId, DeploymentName], Deployment] = {}
         self._replicas: dict[ReplicaId, ReplicaReport] = {}
@@ -26,13 +28,22 @@ class MemoryState:
         self._keys: dict[tuple[TenantId, str], KeyRecord] = {}
 
     async def put_model(self, record: ModelRecord) -> None:
-        self._models[record.tenant, record.name] = record
+        key = (record.tenant, record.name)
+        newest = self._seen.get(key)
+        if newest is not None and not newest.allows(record.generation, record.artefact.manifest):
+            raise stale_model(record, newest)
+        self._seen[key] = Seen(generation=record.generation, manifest=record.artefact.manifest)
+        self._models[key] = record
+
+    async def newest_ref(self, tenant: TenantId, name: ModelName) -> Seen | None:
+        return self._seen.get((tenant, name))
 
     async def get_model(self, tenant: TenantId, name: ModelName) -> ModelRecord | None:
         return self._models.get((tenant, name))
 
-    async def list_models(self, tenant: TenantId) -> list[ModelRecord]:
-        return sorted((m for m in self._models.values() if m.tenant == tenant), key=lambda m: m.name)
+    async def list_models(self, tenant: TenantId | None) -> list[ModelRecord]:
+        found = (m for m in self._models.values() if tenant in {None, m.tenant})
+        return sorted(found, key=lambda m: (m.tenant, m.name))
 
     async def delete_model(self, tenant: TenantId, name: ModelName) -> bool:
         return self._models.pop((tenant, name), None) is not None
@@ -51,6 +62,9 @@ class MemoryState:
     async def list_revisions(self, tenant: TenantId, deployment: DeploymentName) -> list[Revision]:
         found = [r for r in self._revisions.values() if (r.tenant, r.deployment) == (tenant, deployment)]
         return sorted(found, key=lambda r: r.created_unix_ns, reverse=True)
+
+    async def list_all_revisions(self) -> list[Revision]:
+        return list(self._revisions.values())
 
     async def put_deployment(self, deployment: Deployment, *, expected_generation: int) -> None:
         key = (deployment.tenant, deployment.name)
@@ -167,4 +181,13 @@ def stale_deployment(name: str, stored: int, expected: int) -> ConflictError:
         f"deployment {name!r} changed meanwhile (generation {stored}, expected {expected})",
         where=name,
         next_step="read it again and repeat the change",
+    )
+
+
+def stale_model(record: ModelRecord, newest: Seen) -> ConflictError:
+    """The error for a model's record that is not newer than what was stored before."""
+    return ConflictError(
+        f"model {record.name!r} was pushed by somebody else meanwhile (generation {newest.generation})",
+        where=f"generation {record.generation}",
+        next_step="look at what is there now; push again to replace it",
     )

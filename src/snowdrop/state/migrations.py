@@ -47,4 +47,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             tenant TEXT NOT NULL, name TEXT NOT NULL, body BLOB NOT NULL,
             PRIMARY KEY (tenant, name)) WITHOUT ROWID""",
     ),
+    (
+        # Stays when the model is removed: a ref that was valid before must not be believed again.
+        """CREATE TABLE ref_seen (
+            tenant TEXT NOT NULL, name TEXT NOT NULL, generation INTEGER NOT NULL, manifest TEXT NOT NULL,
+            PRIMARY KEY (tenant, name)) WITHOUT ROWID""",
+    ),
 )

@@ -13,6 +13,7 @@ import msgspec
 from snowdrop.domain.deployment import Deployment, ModelRecord, Revision
 from snowdrop.domain.ids import DeploymentName, ModelName, NodeId, ReceiptId, RevisionId, TenantId
 from snowdrop.domain.receipt import CallerTimes, Receipt
+from snowdrop.domain.ref import Seen
 from snowdrop.domain.replica import ReplicaReport
 from snowdrop.domain.usage import UsageRecord, UsageTotal
 
@@ -32,9 +33,21 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
 class StateStore(Protocol):
     """All methods raise StorageFullError when nothing can be written; reads of what is not there give None."""
 
-    async def put_model(self, record: ModelRecord) -> None: ...
+    async def put_model(self, record: ModelRecord) -> None:
+        """Stores it and remembers its generation, for ever. ConflictError if a newer one was stored before,
+        or another one of this generation.
+        """
+        ...
+
     async def get_model(self, tenant: TenantId, name: ModelName) -> ModelRecord | None: ...
-    async def list_models(self, tenant: TenantId) -> list[ModelRecord]: ...
+    async def newest_ref(self, tenant: TenantId, name: ModelName) -> Seen | None:
+        """The newest generation ever stored of a model's name, also after the model was deleted."""
+        ...
+
+    async def list_models(self, tenant: TenantId | None) -> list[ModelRecord]:
+        """Of one tenant, or of all; by tenant and name."""
+        ...
+
     async def delete_model(self, tenant: TenantId, name: ModelName) -> bool:
         """Whether it was there."""
         ...
@@ -48,6 +61,10 @@ class StateStore(Protocol):
     ) -> Revision | None: ...
     async def list_revisions(self, tenant: TenantId, deployment: DeploymentName) -> list[Revision]:
         """Newest first."""
+        ...
+
+    async def list_all_revisions(self) -> list[Revision]:
+        """Of all tenants and deployments, without a bound: collection must not miss one."""
         ...
 
     async def put_deployment(self, deployment: Deployment, *, expected_generation: int) -> None:

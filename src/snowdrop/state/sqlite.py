@@ -18,15 +18,17 @@ from snowdrop.domain.deployment import Deployment, ModelRecord, Revision
 from snowdrop.domain.errors import ConflictError, SnowdropError, StorageFullError, UnavailableError
 from snowdrop.domain.ids import DeploymentName, ModelName, NodeId, ReceiptId, RevisionId, TenantId
 from snowdrop.domain.receipt import CallerTimes, Receipt
+from snowdrop.domain.ref import Seen
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport
 from snowdrop.domain.usage import UsageRecord, UsageTotal
-from snowdrop.state.memory import stale_deployment
+from snowdrop.state.memory import stale_deployment, stale_model
 from snowdrop.state.migrations import MIGRATIONS
 from snowdrop.state.port import LIST_MAX, KeyRecord
 
 BUSY_S_MAX = 5.0
 T = TypeVar("T")
 Row = tuple[Any, ...]
+_NEWEST_REF = "SELECT generation, manifest FROM ref_seen WHERE tenant=? AND name=?"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -73,17 +75,33 @@ class SqliteState:
             await anyio.to_thread.run_sync(self._connection.close, limiter=self._one)
 
     async def put_model(self, record: ModelRecord) -> None:
-        await self._write(
-            "INSERT OR REPLACE INTO model VALUES (?,?,?)", (record.tenant, record.name, _encode(record))
-        )
+        key = (record.tenant, record.name)
+
+        def work(db: sqlite3.Connection) -> None:
+            row = db.execute(_NEWEST_REF, key).fetchone()
+            newest = Seen(generation=row[0], manifest=row[1]) if row else None
+            if newest is not None and not newest.allows(record.generation, record.artefact.manifest):
+                raise stale_model(record, newest)
+            db.execute(
+                "INSERT OR REPLACE INTO ref_seen VALUES (?,?,?,?)",
+                (*key, record.generation, record.artefact.manifest),
+            )
+            db.execute("INSERT OR REPLACE INTO model VALUES (?,?,?)", (*key, _encode(record)))
+
+        await self._transaction(work)
+
+    async def newest_ref(self, tenant: TenantId, name: ModelName) -> Seen | None:
+        rows = await self._rows(_NEWEST_REF, (tenant, name))
+        return Seen(generation=rows[0][0], manifest=rows[0][1]) if rows else None
 
     async def get_model(self, tenant: TenantId, name: ModelName) -> ModelRecord | None:
         return await self._one_body(
             ModelRecord, "SELECT body FROM model WHERE tenant=? AND name=?", (tenant, name)
         )
 
-    async def list_models(self, tenant: TenantId) -> list[ModelRecord]:
-        return await self._bodies(ModelRecord, "SELECT body FROM model WHERE tenant=? ORDER BY name", (tenant,))
+    async def list_models(self, tenant: TenantId | None) -> list[ModelRecord]:
+        sql = "SELECT body FROM model WHERE ? IS NULL OR tenant=? ORDER BY tenant, name"
+        return await self._bodies(ModelRecord, sql, (tenant, tenant))
 
     async def delete_model(self, tenant: TenantId, name: ModelName) -> bool:
         return await self._write("DELETE FROM model WHERE tenant=? AND name=?", (tenant, name)) > 0
@@ -109,6 +127,9 @@ class SqliteState:
     async def list_revisions(self, tenant: TenantId, deployment: DeploymentName) -> list[Revision]:
         sql = "SELECT body FROM revision WHERE tenant=? AND deployment=? ORDER BY created_unix_ns DESC LIMIT ?"
         return await self._bodies(Revision, sql, (tenant, deployment, LIST_MAX))
+
+    async def list_all_revisions(self) -> list[Revision]:
+        return await self._bodies(Revision, "SELECT body FROM revision", ())
 
     async def put_deployment(self, deployment: Deployment, *, expected_generation: int) -> None:
         key = (deployment.tenant, deployment.name)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from snowdrop.domain.deployment import NodeRecord, Revision
+from snowdrop.domain.deployment import ModelRecord, NodeRecord, Revision
 from snowdrop.domain.errors import ErrorBody
-from snowdrop.domain.ids import DeploymentName, ModelName, RevisionId
+from snowdrop.domain.ids import DeploymentName, Digest, ModelName, RevisionId
 from snowdrop.domain.manifest import ArtefactRef
 from snowdrop.domain.origin import OriginOptions
 from snowdrop.domain.replica import ReplicaReport
@@ -30,10 +30,41 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PutModel(msgspec.Struct, frozen=True, kw_only=True):
-    """Points a model's name at pushed content."""
+    """Points a model's name at pushed content: the signed ref, as it is to stand at the origin.
 
-    artefact: ArtefactRef
+    `lease` is that of the push, which must still hold it; empty when a ref is only signed again.
+    """
+
+    ref: str
+    lease: str = ""
     source: str = ""
+
+
+class NextGeneration(msgspec.Struct, frozen=True, kw_only=True):
+    """The generation that the next ref of a model's name must have."""
+
+    generation: int
+
+
+class StoreModels(msgspec.Struct, frozen=True, kw_only=True):
+    """The models of all tenants."""
+
+    models: tuple[ModelRecord, ...]
+
+
+class StoreRoot(msgspec.Struct, frozen=True, kw_only=True):
+    """A manifest that control's state names, and what names it."""
+
+    key_domain: str
+    manifest: Digest
+    named_by: tuple[str, ...]
+
+
+class StoreRoots(msgspec.Struct, frozen=True, kw_only=True):
+    """All that must be kept of this platform, over all tenants; it also stands at the origin, under `platform`."""
+
+    platform: str
+    roots: tuple[StoreRoot, ...]
 
 
 class Deploy(msgspec.Struct, frozen=True, kw_only=True):
