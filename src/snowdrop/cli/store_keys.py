@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from snowdrop.cli.output import Context, console, context, errors, human_age, reported, say_json, table
+from snowdrop.cli.output import Context, console, context, errors, human_age, reported, say_json
 from snowdrop.cli.platform import JsonFlag
 from snowdrop.content.layout import ref_key
 from snowdrop.content.origin import Origin, open_origin
@@ -30,11 +30,12 @@ def list_keys(json: JsonFlag = False) -> None:
         if ctx.json:
             say_json({"signing": signing, "trusted": keys})
             return
-        shown = table("key", "signs", "#age", "public key", "note")
+        if not keys:
+            console.print("no keys yet; `snowdrop up` or the first push makes one")
         for key in keys:
             age = human_age(time.time_ns(), key.added_unix_ns)
-            shown.add_row(key.key_id, "here" if key.key_id == signing else "", age, key.public_key, key.note)
-        console.print(shown if keys else "no keys yet; `snowdrop up` or the first push makes one", soft_wrap=True)
+            console.print(f"{key.key_id}  added {age} ago  {'SIGNS HERE' if key.key_id == signing else key.note}")
+            console.print(f"  {key.public_key}", style="dim", soft_wrap=True)
 
 
 @app.command()

@@ -179,7 +179,7 @@ class KeyStore:
 
     def _adopt(self, signer: Signer) -> None:
         # Trusted before it signs: a crash in between leaves a trusted key that nobody has, which harms nobody.
-        self._add(signer.public_key, "signs here")
+        self._add(signer.public_key, "made here")
         self._write(self._signing, signer.pem())
 
     def _add(self, raw: bytes, note: str) -> TrustedKey:
