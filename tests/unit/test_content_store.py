@@ -275,7 +275,7 @@ async def test_data_is_durable_before_its_bit_is_written(
     for name in ("model.safetensors", "config.json", "vocab.txt"):
         last_write = max(index for index, step in enumerate(steps) if step == ("write", name))
         assert ("sync", name) in steps[last_write:last_map]
-    assert steps[-1] == ("sync", "chunks.map")
+    assert ("sync", "chunks.map") in steps[last_map:]
 
 
 async def test_a_full_disk_lets_tensors_pass_and_says_so_for_the_directory(

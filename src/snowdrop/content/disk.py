@@ -2,6 +2,7 @@
 
 lock                    held by the one process that uses the cache
 artefacts/<digest>/     landing directories; the modification time says when it was last used
+events.jsonl            chunks that were found wrong, and what became of them
 trash/                  directories on their way out: renamed first, so that no half-deleted one is believed
 """
 
@@ -9,20 +10,38 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
+import threading
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from snowdrop.content.descriptors import Descriptors
 from snowdrop.content.diskio import DiskIo
+from snowdrop.content.events import ContentEvent, EventKind, EventLog, SeenBy
 from snowdrop.content.landing import Landing, translated
-from snowdrop.content.manifest import decode_manifest, encode_manifest
+from snowdrop.content.manifest import decode_manifest
 from snowdrop.domain.errors import ConflictError, SnowdropError, StorageFullError
 from snowdrop.domain.ids import Digest, fresh_id
 from snowdrop.domain.manifest import Manifest
 
 LOCK_S_MAX = 5.0
 """A data plane that was killed is gone within this time; one that runs keeps the lock for ever."""
+
+
+PREFIX = "blake3:"
+
+
+class ChunkIndex:
+    """Which chunks an artefact has, by digest."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._key_domain = manifest.key_domain
+        self._chunks = {bytes.fromhex(chunk.digest): index for index, chunk in enumerate(manifest.chunks)}
+
+    def find(self, key_domain: str, digest: str) -> int | None:
+        return self._chunks.get(bytes.fromhex(digest)) if key_domain == self._key_domain else None
 
 
 class _Kept(NamedTuple):
@@ -40,7 +59,10 @@ class Reservation(NamedTuple):
 class DiskTier:
     """The books (`has`, `reserve`, `touch`) are kept by one event loop; what blocks belongs in threads."""
 
-    def __init__(self, directory: Path, bytes_max: int, io: DiskIo | None = None) -> None:
+    def __init__(
+        self, directory: Path, bytes_max: int, io: DiskIo | None = None, *, boot_id: str | None = None
+    ) -> None:
+        self.events = EventLog(directory / "events.jsonl")
         self._directory = directory
         self._artefacts = directory / "artefacts"
         self._trash = directory / "trash"
@@ -48,21 +70,33 @@ class DiskTier:
         self._io = io or DiskIo()
         self._kept: dict[str, _Kept] = {}
         self._lock_fd = -1
+        self._boot_id = boot_id
+        self._descriptors = Descriptors()
+        self._opening = threading.RLock()
+        self._landings: dict[str, Landing] = {}
+        self._index: dict[str, ChunkIndex] = {}
+        self._unread: list[str] = []
 
     def open(self) -> None:
         """Takes the cache directory; raises ConflictError if another process keeps it for LOCK_S_MAX."""
         try:
-            for directory in (self._artefacts, self._trash):
-                directory.mkdir(parents=True, exist_ok=True)
+            self._directory.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            shutil.rmtree(self._trash, ignore_errors=True)
-            self._trash.mkdir(exist_ok=True)
+            for directory in (self._artefacts, self._trash):
+                self._io.make_directory(directory)
+            for path in self._trash.iterdir():
+                self._io.remove_tree(path)
             for path in sorted(self._artefacts.iterdir()):
                 self._kept[path.name] = self._measure(path)
+            self._unread = list(self._kept)
+            self.events.open()
         except OSError as error:
             raise translated(error, self._directory) from error
 
     def close(self) -> None:
+        for landing in self._landings.values():
+            landing.close()
+        self._descriptors.close()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -92,7 +126,7 @@ class DiskTier:
         own = self._path(digest).name
         others = sorted((kept.used_ns, name) for name, kept in self._kept.items() if name != own)
         taken = sum(kept.size for name, kept in self._kept.items() if name != own)
-        loose = [(name, self._kept[name].size) for _, name in others if Digest("blake3:" + name) not in pinned]
+        loose = [(name, self._kept[name].size) for _, name in others if Digest(PREFIX + name) not in pinned]
         firm = taken - sum(size for _, size in loose)
         has_room = firm + manifest.total_bytes <= self._bytes_max
         wanted = manifest.total_bytes if has_room else small
@@ -107,24 +141,58 @@ class DiskTier:
             if taken + wanted <= self._bytes_max:
                 break
             del self._kept[name]
-            victims.append(Digest("blake3:" + name))
+            victims.append(Digest(PREFIX + name))
             taken -= size
         self._kept[own] = _Kept(wanted, time.time_ns())
         return Reservation(victims, has_room)
 
     def open_landing(self, digest: Digest, manifest: Manifest) -> Landing:
-        """The artefact's landing directory, made or taken over. Blocks."""
+        """The artefact's landing directory, made or taken over; one and the same until it is evicted. Blocks."""
         path = self._path(digest)
-        try:
-            path.mkdir(exist_ok=True)
-            if not (path / "manifest").exists():
-                self._write_manifest(path, manifest)
-            os.utime(path)
-        except OSError as error:
-            raise translated(error, path) from error
-        landing = Landing(path, manifest, self._io)
-        landing.open()
+        with self._opening:
+            known = self._landings.get(path.name)
+            if known is not None:
+                return known
+            try:
+                self._io.make_directory(path)
+                self._io.touch(path)
+            except OSError as error:
+                raise translated(error, path) from error
+            landing = Landing(
+                path,
+                manifest,
+                self._io,
+                descriptors=self._descriptors,
+                boot_id=self._boot_id,
+                notice=partial(self._note, digest, manifest),
+            )
+            landing.open()
+            self._landings[path.name] = landing
+            self._index[path.name] = ChunkIndex(manifest)
         return landing
+
+    def landings(self) -> dict[Digest, Landing]:
+        """The landing directories that are open now."""
+        return {Digest(PREFIX + name): landing for name, landing in list(self._landings.items())}
+
+    def find_chunk(self, key_domain: str, digest: str) -> tuple[Landing, int] | None:
+        """A landing directory that claims a chunk of that key domain, and the chunk's number there. Blocks.
+
+        The bytes are to be verified like those of any source. Domains never mix: a private one's ids are keyed.
+        """
+        self._load_index()
+        for name, index in list(self._index.items()):
+            chunk = index.find(key_domain, digest)
+            if chunk is None:
+                continue
+            try:
+                landing = self._landings.get(name) or self._open_known(Digest(PREFIX + name))
+            except SnowdropError:
+                # It cannot be opened now: as good as not there.
+                continue
+            if landing is not None and landing.holds(chunk):
+                return landing, chunk
+        return None
 
     def touch(self, digest: Digest) -> None:
         """Marks an artefact as used now."""
@@ -132,22 +200,54 @@ class DiskTier:
         kept = self._kept.get(path.name)
         if kept is not None:
             self._kept[path.name] = kept._replace(used_ns=time.time_ns())
-            os.utime(path)
+            with suppress(OSError):
+                self._io.touch(path)
 
     def evict(self, digest: Digest) -> None:
         """Drops a landing directory. Whoever has one of its files open keeps that file. Blocks."""
         path = self._path(digest)
         doomed = self._trash / fresh_id(path.name)
-        try:
-            path.rename(doomed)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise translated(error, path) from error
-        shutil.rmtree(doomed, ignore_errors=True)
+        with self._opening:
+            self._index.pop(path.name, None)
+            landing = self._landings.pop(path.name, None)
+            if landing is not None:
+                landing.close()
+            try:
+                self._io.replace(path, doomed)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                raise translated(error, path) from error
+        self._io.remove_tree(doomed)
+
+    def _open_known(self, digest: Digest) -> Landing | None:
+        manifest = self.cached_manifest(digest)
+        return self.open_landing(digest, manifest) if manifest is not None and self.has(digest) else None
+
+    def _load_index(self) -> None:
+        with self._opening:
+            unread, self._unread = self._unread, []
+            for name in unread:
+                manifest = self.cached_manifest(Digest(PREFIX + name)) if name in self._kept else None
+                if manifest is not None:
+                    self._index.setdefault(name, ChunkIndex(manifest))
+
+    def _note(self, digest: Digest, manifest: Manifest, kind: EventKind, chunk: int, seen_by: SeenBy) -> None:
+        files = (entry.path for entry in manifest.files for extent in entry.extents if extent.chunk == chunk)
+        self.events.add(
+            ContentEvent(
+                time_unix_ns=time.time_ns(),
+                kind=kind,
+                artefact=digest,
+                chunk=chunk,
+                digest=manifest.chunks[chunk].digest,
+                file=next(files, ""),
+                seen_by=seen_by,
+            )
+        )
 
     def _path(self, digest: Digest) -> Path:
-        return self._artefacts / digest.removeprefix("blake3:")
+        return self._artefacts / digest.removeprefix(PREFIX)
 
     def _take_lock(self) -> None:
         self._lock_fd = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -172,16 +272,3 @@ class DiskTier:
         for directory, _, names in os.walk(path):
             size += sum((Path(directory) / name).lstat().st_blocks * 512 for name in names)
         return _Kept(size, path.stat().st_mtime_ns)
-
-    def _write_manifest(self, path: Path, manifest: Manifest) -> None:
-        temporary = path / "manifest.tmp"
-        data = encode_manifest(manifest)
-        self._io.create(temporary, len(data), 0o600)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            self._io.write(fd, memoryview(data), 0)
-            self._io.sync_data(fd)
-        finally:
-            os.close(fd)
-        self._io.replace(temporary, path / "manifest")
-        self._io.sync_directory(path)

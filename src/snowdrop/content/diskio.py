@@ -1,16 +1,22 @@
-"""The few calls by which the disk tier changes the disk, in one place.
+"""The calls by which the disk tier changes the disk, all of them, in one place.
 
-Tests put a subclass here: one that fails with ENOSPC, or one that records and drops what was not yet synced.
+Tests put a subclass here: one that fails with ENOSPC, or one that records every call, from which any state that a
+power cut could leave is then made.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
 class DiskIo:
     """Descriptors are opened and closed by the caller. All calls block; errors are OSError."""
+
+    def make_directory(self, path: Path) -> None:
+        """Makes sure of a directory at `path`; its parent exists."""
+        path.mkdir(exist_ok=True)
 
     def create(self, path: Path, size: int, mode: int) -> None:
         """Makes sure of a file of exactly `size` bytes at `path`; new bytes are a hole."""
@@ -21,8 +27,12 @@ class DiskIo:
         finally:
             os.close(fd)
 
+    def open(self, path: Path, flags: int) -> int:
+        """A descriptor of a file that exists; EINVAL if `flags` has O_DIRECT and the file system has not."""
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+
     def write(self, fd: int, view: memoryview, offset: int) -> None:
-        """Writes all of `view` at `offset`."""
+        """Writes all of `view` at `offset`. For a descriptor with O_DIRECT all three are aligned."""
         while view:
             count = os.pwrite(fd, view, offset)
             view, offset = view[count:], offset + count
@@ -38,4 +48,17 @@ class DiskIo:
             os.close(fd)
 
     def replace(self, source: Path, target: Path) -> None:
+        """Renames a file or a directory; a file at `target` goes."""
         source.replace(target)
+
+    def unlink(self, path: Path) -> None:
+        """Removes a file if it is there."""
+        path.unlink(missing_ok=True)
+
+    def touch(self, path: Path) -> None:
+        """Sets the times to now."""
+        os.utime(path)
+
+    def remove_tree(self, path: Path) -> None:
+        """Removes a directory with all that is in it, as far as that goes: what is left is tried again later."""
+        shutil.rmtree(path, ignore_errors=True)

@@ -141,7 +141,7 @@ def into_area(area: Area, landing: Landing) -> Deliver:
         area.scatter(chunk, data)
         area.mark(chunk)
         if source is landing:
-            landing.confirm(chunk)
+            landing.confirm(chunk, data)
 
     return deliver
 
@@ -151,7 +151,7 @@ def into_landing(landing: Landing) -> Deliver:
 
     def deliver(source: ChunkSource, chunk: int, data: memoryview) -> None:
         if source is landing:
-            landing.confirm(chunk)
+            landing.confirm(chunk, data)
         else:
             landing.write(chunk, data)
 

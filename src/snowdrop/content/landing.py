@@ -1,237 +1,377 @@
 """Disk tier, one artefact: its landing directory.
 
-    tree/        the files that are complete: what replicas see, a directory that can be bind-mounted
-    partial/     the same files while chunks are missing
+    tree/        the files that are complete and proven: what replicas see, a directory that can be bind-mounted
+    partial/     the same files while chunks are missing or unproven
     manifest     the encoded manifest
-    chunks.map   one bit per chunk: its bytes in the files are durable
+    chunks.map   one bit per chunk: its bytes in the files are durable (`chunkmap.py`)
+    proof        which files of the tree need not be read again before the machine restarts (`proof.py`)
 
-Write ordering: data, then fdatasync of the data, then the bit, then fdatasync of the bit. A crash at any point
-leaves bits only for chunks whose bytes were durable. Bits are a claim, not a proof: a new process reads and
-hashes a chunk before it believes it. A file with a missing or unproven-wrong chunk is never in tree/.
+Write ordering: data, then fdatasync of the data, then the directories, then the bit, then fdatasync of the bit. A
+crash at any point leaves bits only for chunks whose bytes were durable. Bits are a claim, not a proof: a new
+process reads and hashes a chunk before it believes it. A file with a missing or unproven chunk is never in tree/.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from errno import EDQUOT, ENOSPC
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from errno import EDQUOT, EIO, ENOENT, ENOSPC
 from pathlib import Path
 
+from blake3 import blake3
+
+from snowdrop.content.behind import BLOCK_BYTES_MAX, Behind, FilledArea
+from snowdrop.content.chunkmap import ChunkMap
+from snowdrop.content.descriptors import Descriptors
 from snowdrop.content.diskio import DiskIo
+from snowdrop.content.events import EventKind, SeenBy
+from snowdrop.content.landfiles import LandingFiles
+from snowdrop.content.landtree import LandingTree
+from snowdrop.content.manifest import encode_manifest
 from snowdrop.content.placement import FilePlace, file_places
+from snowdrop.content.proof import current_boot_id
 from snowdrop.content.source import Tier
 from snowdrop.domain.errors import IntegrityError, SnowdropError, StorageFullError, UnavailableError
 from snowdrop.domain.manifest import Manifest
 
-_MAGIC = b"SDMAP\0\0\1"
-MODE_MASK = 0o755
-"""Landing files carry no set-id or sticky bits and nobody but the platform writes to them."""
+Notice = Callable[[EventKind, int, SeenBy], None]
+"""(what, chunk, who saw it)"""
 
 
 class Landing:
     """One landing directory. A ChunkSource of the chunks that are on disk; calls block and belong in threads.
 
-    `verified` chunks were hashed by this process, on arrival or when read back. Every method may be called
-    from any thread; OSError becomes StorageFullError or UnavailableError.
+    `verified` chunks are right in every place of the files: hashed by this process, on arrival or when read back,
+    or proven within this boot. Every method may be called from any thread; OSError becomes StorageFullError or
+    UnavailableError.
     """
 
     tier: Tier = "disk"
 
-    def __init__(self, directory: Path, manifest: Manifest, io: DiskIo) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        io: DiskIo,
+        *,
+        descriptors: Descriptors | None = None,
+        boot_id: str | None = None,
+        notice: Notice = lambda kind, chunk, seen_by: None,
+    ) -> None:
         count = len(manifest.chunks)
         self.directory = directory
-        self.tree = directory / "tree"
-        self._partial = directory / "partial"
-        self._manifest = manifest
+        self.manifest = manifest
         self._io = io
+        self._notice = notice
+        self._unkept_manifest = encode_manifest(manifest)
+        self._map = ChunkMap(directory / "chunks.map", count, blake3(self._unkept_manifest).digest(), io)
         self._places = file_places(manifest)
+        self._chunks_of = [frozenset(extent.chunk for extent in entry.extents) for entry in manifest.files]
         self._durable = bytearray(count)
         self._written = bytearray(count)
         self._verified = bytearray(count)
-        self._left = [len({extent.chunk for extent in entry.extents}) for entry in manifest.files]
-        self._complete = [False] * len(manifest.files)
+        self._suspect: dict[int, SeenBy] = {}
+        self._left = [len(chunks) for chunks in self._chunks_of]
+        self._is_closed = False
         self._lock = threading.RLock()
+        self._tree = LandingTree(directory, manifest, self._lock, io, boot_id or current_boot_id())
+        self._files = LandingFiles(manifest, self._present_path, self._lock, io, descriptors or Descriptors())
+        self._sync_lock = threading.Lock()
+        self._behind_lock = threading.Lock()
+        self._behind: Behind | None = None
         self._dirty: set[int] = set()
-        self._dirty_directories: set[Path] = set()
+        self._is_map_dirty = False
+        self._sync_failures = 0
 
     def open(self) -> None:
         """Makes the directories and files, or takes over what an earlier process left."""
-        with self._translated():
-            self._read_map()
-            for chunk, durable in enumerate(self._durable):
-                if durable:
-                    self._count(chunk, -1)
-            for directory in sorted({str(Path(entry.path).parent) for entry in self._manifest.files}):
-                for base in (self.tree, self._partial):
-                    (base / directory).mkdir(parents=True, exist_ok=True)
-            for index in range(len(self._manifest.files)):
-                self._open_file(index)
+        with self._translated(), self._lock:
+            self._durable = self._map.read()
+            self._find_manifest()
+            self._tree.open()
+            for index in range(len(self.manifest.files)):
+                self._take_over(index)
+            for chunk, places in enumerate(self._places):
+                if self._durable[chunk] and all(self._tree.is_complete[place.file] for place in places):
+                    self._settle(chunk, written=False)
+            for index, left in enumerate(self._left):
+                if not left:
+                    self._publish(index)
+
+    def close(self) -> None:
+        """Closes its files; what is tried afterwards fails with UnavailableError."""
+        self._is_closed = True
+        self._files.close()
+
+    @property
+    def tree(self) -> Path:
+        return self._tree.tree
 
     @property
     def is_complete(self) -> bool:
-        """Whether every file is in the tree, proven by this process and durable."""
-        return all(self._complete) and all(self._verified) and all(self._durable)
+        """Whether every file is in the tree, proven and durable."""
+        return all(self._tree.is_complete) and all(
+            self._verified[chunk] and self._durable[chunk] for chunk, places in enumerate(self._places) if places
+        )
 
     def holds(self, chunk: int) -> bool:
         return bool(self._durable[chunk] or self._written[chunk]) and self._whole(chunk) is not None
 
     def is_verified(self, chunk: int) -> bool:
-        """Whether this process knows that the files hold the right bytes of this chunk."""
+        """Whether the files are known to hold the right bytes of this chunk."""
         return bool(self._verified[chunk])
 
-    def confirm(self, chunk: int) -> None:
-        """The chunk was read back and its hash is right."""
-        self._verified[chunk] = 1
+    def held_chunks(self) -> list[int]:
+        """The chunks that are claimed to be on disk, ascending."""
+        return [chunk for chunk in range(len(self._places)) if self.holds(chunk)]
+
+    def confirm(self, chunk: int, data: memoryview) -> None:
+        """The chunk was read from here and `data` is what it must be.
+
+        A place of it that was not read is compared, and written if it differs.
+        """
+        if self._verified[chunk]:
+            return
+        with self._translated():
+            places, mended = self._places[chunk], False
+            for place in places if len(places) > 1 else ():
+                mended |= self._mend(place, data[place.chunk_offset : place.chunk_offset + place.length])
+            with self._lock:
+                if self._durable[chunk] or self._written[chunk]:
+                    self._settle(chunk, written=mended)
 
     def read(self, first: int, count: int, into: memoryview) -> None:
         done = 0
         with self._translated():
-            for chunk in range(first, first + count):
-                place = self._whole(chunk)
-                size = self._manifest.chunks[chunk].plain_bytes
-                if place is None or not self._read_place(place, into[done : done + size]):
-                    raise IntegrityError("landing file is cut short", where=f"{self.directory}: chunk {chunk}")
-                done += size
+            for place in self._spans(first, count):
+                if not self._files.read(place, into[done : done + place.length]):
+                    raise IntegrityError("landing file is cut short", where=str(self._tree.path(place.file)))
+                done += place.length
 
     def write(self, chunk: int, data: memoryview) -> None:
         """Writes a verified chunk to every place it has; a file that has all of its chunks enters the tree."""
         if self._verified[chunk]:
             return
         with self._translated():
+            failures = self._sync_failures
             for place in self._places[chunk]:
-                with self._opened(place.file, os.O_WRONLY) as fd:
-                    self._io.write(
-                        fd, data[place.chunk_offset : place.chunk_offset + place.length], place.file_offset
-                    )
+                if not self._tree.is_complete[place.file]:
+                    self._files.write(place, data[place.chunk_offset : place.chunk_offset + place.length])
+            self._settle_written([chunk], failures)
+
+    def write_behind(self, area: FilledArea, budget_bytes: int) -> int:
+        """Writes blocks of tensor files that are filled in `area` and not on disk yet, past the page cache.
+
+        At most `budget_bytes`, but at least one block if there is any; returns the bytes written, 0 if there is
+        nothing to do now. One caller at a time; others wait. Nothing is durable before `sync`.
+        """
+        written = 0
+        with self._translated(), self._behind_lock:
+            failures = self._sync_failures
             with self._lock:
-                # Only now: a sync that runs beside must not count these files as done before they are.
-                self._dirty.update(place.file for place in self._places[chunk])
-                if not (self._durable[chunk] or self._written[chunk]):
-                    self._count(chunk, -1)
-                self._written[chunk] = self._verified[chunk] = 1
-                for index in {place.file for place in self._places[chunk]}:
-                    self._publish(index)
+                behind = self._behind = self._behind or Behind(self.manifest, area.layout)
+                blocks = behind.ready(area, self.is_verified, budget_bytes)
+            for block in blocks:
+                self._files.write_block(block, area.window(block.area_offset, block.length))
+                written += block.length
+                with self._lock:
+                    self._dirty.add(block.file)
+                    done = behind.wrote(block, area) if failures == self._sync_failures else []
+                self._settle_written([chunk for chunk in done if self._write_small(chunk, area)], failures)
+        return written
 
     def sync(self) -> None:
         """Makes what was written durable, and only then claims it."""
-        with self._lock:
-            claimed = [chunk for chunk, written in enumerate(self._written) if written]
-            dirty, self._dirty = self._dirty, set()
-            directories, self._dirty_directories = self._dirty_directories, set()
-        try:
-            with self._translated():
-                for index in sorted(dirty):
-                    self._sync_file(index)
-                for directory in sorted(directories):
-                    self._io.sync_directory(directory)
-                with self._lock:
-                    for chunk in claimed:
-                        self._durable[chunk] |= self._written[chunk]
-                        self._written[chunk] = 0
-                    self._write_map()
-        except SnowdropError:
+        with self._translated(), self._sync_lock:
+            self._keep_manifest()
             with self._lock:
-                self._dirty |= dirty
-                self._dirty_directories |= directories
-            raise
-
-    def quarantine(self, chunk: int) -> None:
-        """Drops the claim on a chunk whose bytes were wrong and takes its files out of the tree."""
-        with self._lock, self._translated():
-            if self._durable[chunk] or self._written[chunk]:
-                self._count(chunk, 1)
-            self._durable[chunk] = self._written[chunk] = self._verified[chunk] = 0
-            for index in {place.file for place in self._places[chunk]}:
-                self._hide(index)
+                claimed = [chunk for chunk, written in enumerate(self._written) if written]
+                dirty = sorted(self._dirty)
+            for index in dirty:
+                self._sync_file(index)
+            self._tree.sync_directories()
+            with self._lock:
+                for chunk in claimed:
+                    self._durable[chunk] |= self._written[chunk]
+                    self._written[chunk] = 0
+                self._is_map_dirty |= bool(claimed)
             self._write_map()
+            with self._lock:
+                self._tree.keep_proof(
+                    index
+                    for index, chunks in enumerate(self._chunks_of)
+                    if all(self._durable[chunk] for chunk in chunks)
+                )
 
-    def _whole(self, chunk: int) -> FilePlace | None:
-        size = self._manifest.chunks[chunk].plain_bytes
-        return next((place for place in self._places[chunk] if place.length == size), None)
+    def quarantine(self, chunk: int, seen_by: SeenBy = "load") -> None:
+        """Drops the claim on a chunk whose bytes were wrong and takes its files out of the tree.
 
-    def _count(self, chunk: int, step: int) -> None:
-        for index in {place.file for place in self._places[chunk]}:
-            self._left[index] += step
+        Its bit goes with the next `sync`: until then it is what all bits are, a claim that is checked.
+        """
+        with self._lock, self._translated():
+            if not (self._durable[chunk] or self._written[chunk]):
+                return
+            self._unsettle(chunk)
+            self._suspect[chunk] = seen_by
+        self._notice("quarantined", chunk, seen_by)
 
-    def _path(self, index: int) -> Path:
-        base = self.tree if self._complete[index] else self._partial
-        return base / self._manifest.files[index].path
-
-    def _open_file(self, index: int) -> None:
-        entry = self._manifest.files[index]
-        inside, outside = self.tree / entry.path, self._partial / entry.path
-        self._complete[index] = inside.is_file() and inside.stat().st_size == entry.size
-        if self._complete[index] and self._left[index]:
-            self._hide(index)
-        if not self._complete[index]:
-            inside.unlink(missing_ok=True)
-            self._io.create(outside, entry.size, (entry.mode & MODE_MASK) | 0o600)
-            self._publish(index)
-
-    def _publish(self, index: int) -> None:
-        if self._left[index] or self._complete[index]:
-            return
-        self._io.replace(self._path(index), self.tree / self._manifest.files[index].path)
-        self._complete[index] = True
-        self._dirty_directories.add(self._path(index).parent)
-
-    def _hide(self, index: int) -> None:
-        if self._complete[index]:
-            self._io.replace(self._path(index), self._partial / self._manifest.files[index].path)
-            self._dirty_directories.add(self._path(index).parent)
-            self._complete[index] = False
-
-    @contextmanager
-    def _opened(self, index: int, flags: int) -> Iterator[int]:
+    def _settle_written(self, chunks: Sequence[int], failures: int) -> None:
+        replaced: list[tuple[int, SeenBy]] = []
         with self._lock:
-            fd = os.open(self._path(index), flags | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+            if failures != self._sync_failures:
+                raise OSError(EIO, "the disk lost writes")
+            for chunk in chunks:
+                # Only now: a sync that runs beside must not count these files as done before they are.
+                self._dirty.update(self._files_of(chunk))
+                if chunk in self._suspect:
+                    replaced.append((chunk, self._suspect.pop(chunk)))
+                self._settle(chunk, written=True)
+        for chunk, seen_by in replaced:
+            self._notice("replaced", chunk, seen_by)
 
-    def _read_place(self, place: FilePlace, into: memoryview) -> bool:
-        with self._opened(place.file, os.O_RDONLY) as fd:
-            done = 0
-            while done < len(into):
-                count = os.preadv(fd, [into[done:]], place.file_offset + done)
-                if count == 0:
-                    return False
-                done += count
+    def _settle(self, chunk: int, *, written: bool) -> None:
+        if written:
+            self._durable[chunk], self._written[chunk] = 0, 1
+        if not self._verified[chunk]:
+            self._verified[chunk] = 1
+            for index in self._files_of(chunk):
+                self._left[index] -= 1
+                self._publish(index)
+
+    def _unsettle(self, chunk: int) -> None:
+        if self._verified[chunk]:
+            for index in self._files_of(chunk):
+                self._left[index] += 1
+        self._durable[chunk] = self._written[chunk] = self._verified[chunk] = 0
+        self._is_map_dirty = True
+        if self._behind is not None:
+            self._behind.reopen(chunk)
+        for index in self._files_of(chunk):
+            self._tree.hide(index)
+
+    def _mend(self, place: FilePlace, data: memoryview) -> bool:
+        """Makes sure that a place that may be unproven holds `data`; returns whether it had to be written."""
+        with self._lock:
+            if self._tree.is_complete[place.file]:
+                return False
+        found = memoryview(bytearray(place.length))
+        if self._files.read(place, found) and found == data:
+            return False
+        self._files.write(place, data)
+        with self._lock:
+            self._dirty.add(place.file)
         return True
 
-    def _sync_file(self, index: int) -> None:
-        with self._opened(index, os.O_WRONLY) as fd:
-            self._io.sync_data(fd)
-            if self._manifest.files[index].tensors:
-                # Replicas read tensors from the landing area: the page cache need not hold them twice.
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    def _write_small(self, chunk: int, area: FilledArea) -> bool:
+        """Writes a chunk to its places in small files; False if the area does not have it in one piece."""
+        small = [place for place in self._places[chunk] if not self.manifest.files[place.file].tensors]
+        at = area.layout.whole.get(chunk)
+        if small and at is None:
+            return False
+        for place in small:
+            done = 0
+            while at is not None and done < place.length:
+                begin = at + place.chunk_offset + done
+                length = min(place.length - done, BLOCK_BYTES_MAX - begin % BLOCK_BYTES_MAX)
+                part = place._replace(file_offset=place.file_offset + done, length=length)
+                self._files.write(part, area.window(begin, length))
+                done += length
+        return True
 
-    def _read_map(self) -> None:
-        path = self.directory / "chunks.map"
-        count = len(self._durable)
-        size = len(_MAGIC) + -(-count // 8)
-        raw = path.read_bytes() if path.is_file() else b""
-        if len(raw) != size or not raw.startswith(_MAGIC):
-            self._io.create(path, size, 0o600)
-            self._write_map()
+    def _files_of(self, chunk: int) -> set[int]:
+        return {place.file for place in self._places[chunk]}
+
+    def _whole(self, chunk: int) -> FilePlace | None:
+        size = self.manifest.chunks[chunk].plain_bytes
+        whole = [place for place in self._places[chunk] if place.length == size]
+        return next((place for place in whole if self._tree.is_complete[place.file]), whole[0] if whole else None)
+
+    def _spans(self, first: int, count: int) -> Iterator[FilePlace]:
+        """Where to read the chunks; neighbours in a file at once."""
+        span: FilePlace | None = None
+        for chunk in range(first, first + count):
+            place = self._whole(chunk)
+            if place is None:
+                raise IntegrityError("chunk lies nowhere in one piece", where=f"{self.directory}: chunk {chunk}")
+            if span is not None and (span.file, span.file_offset + span.length) == place[:2]:
+                span = span._replace(length=span.length + place.length)
+            else:
+                if span is not None:
+                    yield span
+                span = place
+        if span is not None:
+            yield span
+
+    def _take_over(self, index: int) -> None:
+        is_durable = all(self._durable[chunk] for chunk in self._chunks_of[index])
+        size = self._tree.take_over(index, is_durable=is_durable)
+        entry = self.manifest.files[index]
+        if size < entry.size:
+            self._dirty.add(index)
+        for extent in entry.extents:
+            if extent.file_offset + extent.length > size and self._durable[extent.chunk]:
+                # The file is shorter than its bits say: no damage, only a crash before it was durable.
+                self._durable[extent.chunk] = 0
+                self._is_map_dirty = True
+
+    def _publish(self, index: int) -> None:
+        if not self._left[index] and not self._tree.is_complete[index]:
+            self._files.end_writing(index)
+            self._tree.publish(index)
+
+    def _present_path(self, index: int) -> Path:
+        if self._is_closed:
+            raise OSError(ENOENT, "the artefact was dropped from this node")
+        return self._tree.path(index)
+
+    def _find_manifest(self) -> None:
+        with suppress(FileNotFoundError):
+            if (self.directory / "manifest").read_bytes() == self._unkept_manifest:
+                self._unkept_manifest = b""
+
+    def _keep_manifest(self) -> None:
+        if not self._unkept_manifest:
             return
-        bits = int.from_bytes(raw[len(_MAGIC) :], "little")
-        for chunk in range(count):
-            self._durable[chunk] = (bits >> chunk) & 1
-
-    def _write_map(self) -> None:
-        packed = bytearray(-(-len(self._durable) // 8))
-        for chunk, durable in enumerate(self._durable):
-            packed[chunk >> 3] |= durable << (chunk & 7)
-        fd = os.open(self.directory / "chunks.map", os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        temporary = self.directory / "manifest.tmp"
+        self._io.create(temporary, len(self._unkept_manifest), 0o600)
+        fd = self._io.open(temporary, os.O_WRONLY)
         try:
-            self._io.write(fd, memoryview(_MAGIC + packed), 0)
+            self._io.write(fd, memoryview(self._unkept_manifest), 0)
             self._io.sync_data(fd)
         finally:
             os.close(fd)
+        self._io.replace(temporary, self.directory / "manifest")
+        self._unkept_manifest = b""
+
+    def _sync_file(self, index: int) -> None:
+        with self._lock:
+            self._dirty.discard(index)
+        try:
+            self._files.sync(index)
+        except OSError:
+            with self._lock:
+                # The kernel may have dropped the pages that it could not write, and says so only once: what was
+                # not durable yet is not there any more, even if the next sync succeeds.
+                self._sync_failures += 1
+                self._dirty.add(index)
+                for chunk in self._chunks_of[index]:
+                    if not self._durable[chunk]:
+                        self._unsettle(chunk)
+            raise
+
+    def _write_map(self) -> None:
+        with self._lock:
+            if not self._is_map_dirty:
+                return
+            self._is_map_dirty = False
+            durable = bytearray(self._durable)
+        try:
+            self._map.write(durable)
+        except OSError:
+            self._is_map_dirty = True
+            raise
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
