@@ -8,11 +8,16 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
+from snowdrop.content.codec import decode
 from snowdrop.content.diskio import DiskIo
 from snowdrop.content.ingest import PushResult, push_directory
+from snowdrop.content.keys import PUBLIC_HASHER, Hasher
+from snowdrop.content.layout import manifest_key, pack_key
+from snowdrop.content.manifest import decode_manifest
 from snowdrop.content.origin import MemoryOrigin, Origin
 from snowdrop.content.settings import DataPlaneSettings
 from snowdrop.domain.ids import DEFAULT_TENANT
+from snowdrop.domain.manifest import ArtefactRef, Extent
 
 
 def safetensors_bytes(tensors: Mapping[str, tuple[str, list[int], bytes]]) -> bytes:
@@ -51,6 +56,37 @@ def write_model(root: Path, *, seed: int = 0) -> Path:
 
 def push(source: Path, origin: Origin) -> PushResult:
     return push_directory(source, origin, kind="model", tenant=DEFAULT_TENANT)
+
+
+def rebuilt(origin: MemoryOrigin, artefact: ArtefactRef, hasher: Hasher = PUBLIC_HASHER) -> dict[str, bytes]:
+    """The files of an artefact put together from its packs, every chunk and pack compared with its name."""
+    key = manifest_key(artefact.key_domain, artefact.manifest)
+    manifest = decode_manifest(origin.objects[key], expected=artefact.manifest, hasher=hasher)
+    chunks = []
+    for chunk in manifest.chunks:
+        name = manifest.packs[chunk.pack].digest
+        pack = origin.objects[pack_key(manifest.key_domain, name)]
+        assert hasher.hexdigest(pack) == name
+        assert len(pack) == manifest.packs[chunk.pack].size
+        plain = bytearray(chunk.plain_bytes)
+        stored = memoryview(pack)[chunk.pack_offset : chunk.pack_offset + chunk.stored_bytes]
+        decode(chunk.codec, stored, memoryview(plain))
+        assert hasher.hexdigest(plain) == chunk.digest
+        chunks.append(bytes(plain))
+    return {
+        entry.path: b"".join(
+            chunks[at][start : start + length] for _, length, at, start in map(fields, entry.extents)
+        )
+        for entry in manifest.files
+    }
+
+
+def fields(extent: Extent) -> tuple[int, int, int, int]:
+    return extent.file_offset, extent.length, extent.chunk, extent.chunk_offset
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def settings_for(cache: Path, *, origin_url: str = "file:///unused", **changes: int) -> DataPlaneSettings:

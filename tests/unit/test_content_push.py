@@ -212,7 +212,7 @@ def test_code_that_is_too_large_names_its_largest_file(tmp_path: Path) -> None:
 
 
 def test_code_with_too_many_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("snowdrop.content.ingest.CODE_FILES_MAX", 1)
+    monkeypatch.setattr("snowdrop.content.ingest.push.CODE_FILES_MAX", 1)
     (tmp_path / "a.py").write_text("")
     (tmp_path / "b.py").write_text("")
     with pytest.raises(InvalidInputError, match="more than 1 files"):

@@ -13,6 +13,11 @@ def pack_key(domain: str, digest: str) -> str:
     return f"{domain}/packs/{digest[:2]}/{digest}"
 
 
+def manifest_prefix(domain: str) -> str:
+    """What the keys of all manifests of a domain begin with."""
+    return f"{domain}/manifests/"
+
+
 def manifest_key(domain: str, digest: Digest) -> str:
     name = digest.removeprefix("blake3:")
     return f"{domain}/manifests/{name[:2]}/{name}"

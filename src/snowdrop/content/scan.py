@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from snowdrop.content.cut import load_order_key
 from snowdrop.content.paths import parse_tree_path
@@ -26,17 +26,31 @@ IGNORED_IN_CODE = (
 )  # fmt: skip
 
 
-class SourceFile(NamedTuple):
-    """A file to push. `mode` is normalised: 0o755 if its owner may execute it, otherwise 0o644."""
+class ScannedFile(NamedTuple):
+    """A file of the directory. `mode` is normalised: 0o755 if its owner may execute it, otherwise 0o644."""
 
     path: str
     location: Path
     size: int
     mode: int
     changed_ns: int
+    status_changed_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: str, location: Path, status: os.stat_result) -> Self:
+        return cls(
+            path,
+            location,
+            status.st_size,
+            0o755 if status.st_mode & 0o100 else 0o644,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+            status.st_ino,
+        )
 
 
-def scan_directory(source: Path, *, ignored: tuple[str, ...], files_max: int = FILES_MAX) -> list[SourceFile]:
+def scan_directory(source: Path, *, ignored: tuple[str, ...], files_max: int = FILES_MAX) -> list[ScannedFile]:
     """The files of `source` in load order.
 
     `ignored` are fnmatch patterns that apply to a name or to a path from `source`; the lines of a
@@ -49,7 +63,7 @@ def scan_directory(source: Path, *, ignored: tuple[str, ...], files_max: int = F
         )
     root = source.resolve()
     patterns = ignored + _own_patterns(root)
-    found: list[SourceFile] = []
+    found: list[ScannedFile] = []
     for file in _walk(root, "", patterns):
         found.append(file)
         if len(found) > files_max:
@@ -79,7 +93,7 @@ def _is_ignored(path: str, name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) or fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _walk(root: Path, prefix: str, patterns: tuple[str, ...]) -> Iterator[SourceFile]:
+def _walk(root: Path, prefix: str, patterns: tuple[str, ...]) -> Iterator[ScannedFile]:
     try:
         with os.scandir(root / prefix) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
@@ -98,7 +112,7 @@ def _walk(root: Path, prefix: str, patterns: tuple[str, ...]) -> Iterator[Source
             yield _source_file(root, path, Path(entry.path), is_link=entry.is_symlink())
 
 
-def _source_file(root: Path, path: str, location: Path, *, is_link: bool) -> SourceFile:
+def _source_file(root: Path, path: str, location: Path, *, is_link: bool) -> ScannedFile:
     try:
         target = location.resolve(strict=True) if is_link else location
         status = target.stat()
@@ -119,5 +133,4 @@ def _source_file(root: Path, path: str, location: Path, *, is_link: bool) -> Sou
         raise InvalidInputError(
             f"{path} is {kind}", where=path, next_step=f"remove it or name it in a {IGNORE_FILE}"
         )
-    mode = 0o755 if status.st_mode & 0o100 else 0o644
-    return SourceFile(path, target, status.st_size, mode, status.st_mtime_ns)
+    return ScannedFile.of(path, target, status)
