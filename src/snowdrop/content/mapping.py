@@ -20,8 +20,10 @@ _MAP_NORESERVE = 0x4000
 _FAILED = ctypes.c_void_p(-1).value
 
 
-def map_slabs(fds: Sequence[int], sizes: Sequence[int]) -> memoryview:
+def map_slabs(fds: Sequence[int], sizes: Sequence[int], *, is_private: bool = True) -> memoryview:
     """The bytes of all slabs, one after the other: writable, private to this process (copy-on-write).
+
+    With `is_private` false, the slabs' own pages, for reading alone: writing to the view ends the process.
 
     Whatever views the memory keeps it mapped; it is unmapped when the last view is gone. The caller keeps the
     descriptors and may close them at once. `sizes` are multiples of the page size. Raises CorruptContentError if
@@ -44,20 +46,15 @@ def map_slabs(fds: Sequence[int], sizes: Sequence[int]) -> memoryview:
     skipped = -base % HUGE_PAGE_BYTES
     done = skipped
     for fd, size in zip(fds, sizes, strict=True):
-        _map_over(base + done, fd, size)
+        _map_over(base + done, fd, size, is_private=is_private)
         done += size
     return memoryview(owner)[skipped:done]
 
 
-def _map_over(address: int, fd: int, size: int) -> None:
-    got = _mmap(
-        address,
-        size,
-        mmap.PROT_READ | mmap.PROT_WRITE,
-        mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE,
-        fd,
-        0,
-    )
+def _map_over(address: int, fd: int, size: int, *, is_private: bool) -> None:
+    access = mmap.PROT_READ | mmap.PROT_WRITE if is_private else mmap.PROT_READ
+    kind = mmap.MAP_PRIVATE if is_private else mmap.MAP_SHARED
+    got = _mmap(address, size, access, kind | _MAP_FIXED | _MAP_NORESERVE, fd, 0)
     if got == _FAILED:
         raise _no_room(size) from OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 

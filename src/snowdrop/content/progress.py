@@ -190,6 +190,20 @@ class ProgressReader:
             end = self._starts[-1] + self._extents[-1][1]
             self._wait(0, end, timeout_s, wants=wants)
 
+    def ask(self, stretches: Iterable[tuple[int, int]]) -> None:
+        """Says in one packet what will be waited for: (offset, length), most urgent first, as far as it is
+        missing.
+        """
+        chunks: dict[int, None] = {}
+        for offset, length in stretches:
+            room = WANTS_MAX - len(chunks)
+            if room == 0:
+                break
+            missing = self._missing(self._first(offset), offset, offset + length, room)
+            chunks.update(dict.fromkeys(self._extents[index][2] for index in missing))
+        if chunks:
+            self.want(chunks)
+
     def want(self, chunks: Iterable[int]) -> bool:
         """Asks for chunks, most urgent first, at most WANTS_MAX; False if the packet could not be sent now."""
         packet = b"".join(_U32.pack(chunk) for chunk in chunks)

@@ -174,6 +174,13 @@ class StorageFullError(SnowdropError):
     retryable = True
 
 
+class DeviceError(SnowdropError):
+    """A device did not take a tensor: no memory left on it, or a copy failed. `where` names device and tensor."""
+
+    kind = "device"
+    http_status = 500
+
+
 class SandboxError(SnowdropError):
     """A sandbox could not be made, or a limit could not be set."""
 
@@ -200,7 +207,8 @@ def error_kinds() -> dict[str, type[SnowdropError]]:
     pending: list[type[SnowdropError]] = [SnowdropError]
     while pending:
         cls = pending.pop()
-        kinds[cls.kind] = cls
+        if "kind" in vars(cls):  # one that only adds a base to its parent travels as that
+            kinds[cls.kind] = cls
         pending.extend(cls.__subclasses__())
     return kinds
 
