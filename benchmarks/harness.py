@@ -8,19 +8,23 @@ the median of the rounds' own ratios: it compares what was measured side by side
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import platform as machine
 import statistics
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks import plot
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".venv-bench"
@@ -31,11 +35,12 @@ Round = Mapping[str, float]
 
 
 class Metric(msgspec.Struct, frozen=True, kw_only=True):
-    """A measured quantity. `name` has its unit last; `better` says which direction is good."""
+    """A measured quantity. `name` has its unit last; `better` is the good direction, `plot` if it is drawn."""
 
     name: str
     better: Literal["higher", "lower"]
     digits: int = 2
+    plot: bool = False
 
 
 class Contestant(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +78,7 @@ class Results:
         self.metrics = tuple(metrics)
         self.rounds: dict[str, list[Round]] = {}
         self.notes: dict[str, str] = {}
+        self.missing: dict[str, str] = {}
 
     def values(self, contestant: str, metric: str) -> list[float]:
         """One value a round, in the order of rounds."""
@@ -137,6 +143,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     warmups: int
     json: Path | None
     own: argparse.Namespace
+    plot: Path | None = None
+    lock: Path | None = None
 
 
 def parser(description: str | None, *, rounds: int = 5, warmups: int = 1) -> argparse.ArgumentParser:
@@ -145,30 +153,64 @@ def parser(description: str | None, *, rounds: int = 5, warmups: int = 1) -> arg
     made.add_argument("--rounds", type=_at_least(1), default=rounds, help="measured rounds of each contestant")
     made.add_argument("--warmups", type=_at_least(0), default=warmups, help="rounds before these, not counted")
     made.add_argument("--json", type=Path, metavar="FILE", default=None, help="write all figures to FILE")
+    made.add_argument("--plot", type=Path, metavar="FILE", default=None, help="draw the medians to FILE (SVG)")
+    help_lock = "hold this file's lock (flock) during each contestant's turn: who takes it shared then waits"
+    made.add_argument("--lock", type=Path, metavar="FILE", default=None, help=help_lock)
     return made
 
 
 def options(made: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> Options:
     """The parsed arguments. A file that could not be written is refused now, not after the measurement."""
     own = made.parse_args(arguments)
-    if own.json is not None and not own.json.absolute().parent.is_dir():
-        made.error(f"--json: there is no folder {own.json.absolute().parent}")
-    return Options(rounds=own.rounds, warmups=own.warmups, json=own.json, own=own)
+    for name, file in (("--json", own.json), ("--plot", own.plot), ("--lock", own.lock)):
+        if file is not None and not file.absolute().parent.is_dir():
+            made.error(f"{name}: there is no folder {file.absolute().parent}")
+    return Options(rounds=own.rounds, warmups=own.warmups, json=own.json, own=own, plot=own.plot, lock=own.lock)
+
+
+def part(chosen: Options, name: str) -> Options:
+    """The same, with `name` in the names of its files: for a benchmark that publishes several reports."""
+
+    def named(file: Path | None) -> Path | None:
+        return None if file is None else file.with_stem(f"{file.stem}-{name}")
+
+    return msgspec.structs.replace(chosen, json=named(chosen.json), plot=named(chosen.plot))
 
 
 def measure(contestants: Sequence[Contestant], metrics: Sequence[Metric], chosen: Options) -> Results:
-    """Runs all rounds, interleaved, saying on stderr how far it is."""
+    """Runs all rounds, interleaved, saying on stderr how far it is.
+
+    A contestant that raises PeerError is left out, with what it had measured; `missing` says why.
+    """
     results = Results(metrics)
     results.notes = {contestant.name: contestant.note for contestant in contestants}
     for number in range(-chosen.warmups, chosen.rounds):
         shift = number % len(contestants)
         for contestant in [*contestants[shift:], *contestants[:shift]]:
+            if contestant.name in results.missing:
+                continue
             label = "warm-up" if number < 0 else f"round {number + 1}/{chosen.rounds}"
             print(f"{label}: {contestant.name}", file=sys.stderr, flush=True)
-            taken = contestant.run()
+            try:
+                with _locked(chosen.lock):
+                    taken = contestant.run()
+            except PeerError as error:
+                results.missing[contestant.name] = str(error)
+                results.rounds.pop(contestant.name, None)
+                continue
             if number >= 0:
                 results.rounds.setdefault(contestant.name, []).append(taken)
     return results
+
+
+@contextmanager
+def _locked(lock: Path | None) -> Iterator[None]:
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def publish(
@@ -181,7 +223,7 @@ def publish(
     missing: Mapping[str, str] | None = None,
 ) -> Report:
     """Prints the table and the bars, writes the JSON file. Never fails because a bar is short."""
-    missing = dict(missing or {})
+    missing = dict(missing or {}) | results.missing
     report = Report(
         benchmark=benchmark,
         baseline=baseline,
@@ -202,6 +244,15 @@ def publish(
         print(bar.line())
     if chosen.json is not None:
         chosen.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    if chosen.plot is not None:
+        series = {
+            metric.name: {
+                name: value for name in results.rounds if (value := results.median(name, metric.name)) is not None
+            }
+            for metric in results.metrics
+            if metric.plot
+        }
+        chosen.plot.write_text(plot.bars(benchmark, series, mark="snowdrop"))
     return report
 
 
