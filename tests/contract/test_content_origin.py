@@ -1,8 +1,13 @@
+import hashlib
+import os
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from snowdrop.content.origin import DirectoryOrigin, MemoryOrigin, Origin, open_origin
+from origin_servers import BIN, free_port, serving, webdav
+from snowdrop.content.origin import DirectoryOrigin, MemoryOrigin, Origin, OriginOptions, open_origin
 from snowdrop.content.origin.directory import OPEN_FILES_MAX
 from snowdrop.domain.errors import IntegrityError, InvalidInputError, NotFoundError
 
@@ -102,8 +107,70 @@ class TestMemoryOrigin(OriginContract):
 
 class TestDirectoryOrigin(OriginContract):
     @pytest.fixture
-    def origin(self, tmp_path: Path) -> Origin:
-        return DirectoryOrigin(tmp_path / "origin")
+    def origin(self, tmp_path: Path) -> Iterator[Origin]:
+        origin = DirectoryOrigin(tmp_path / "origin")
+        yield origin
+        origin.close()
+
+
+KEYS = {"AWS_ACCESS_KEY_ID": "access-key", "AWS_SECRET_ACCESS_KEY": "a-secret-of-some-length"}
+
+
+@pytest.fixture(scope="module")
+def signing_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An S3 that refuses what is not signed with KEYS."""
+    port, root = free_port(), tmp_path_factory.mktemp("s3")
+    (root / "bucket").mkdir()
+    command = [BIN / "nanio", "serve", "--data-dir", root, "--host", "127.0.0.1", "--port", port]
+    keys = {"NANIO_ACCESS_KEY": KEYS["AWS_ACCESS_KEY_ID"], "NANIO_SECRET_KEY": KEYS["AWS_SECRET_ACCESS_KEY"]}
+    with serving([str(part) for part in command], port, os.environ | keys) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def moto_s3() -> Iterator[str]:
+    port = free_port()
+    with serving([str(BIN / "moto_server"), "-H", "127.0.0.1", "-p", str(port)], port, dict(os.environ)) as url:
+        request = urllib.request.Request(f"{url}/bucket", data=b"", method="PUT")
+        urllib.request.urlopen(request).close()
+        yield url
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    """A place of its own for each test in a bucket that several share."""
+    return hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]
+
+
+class TestS3ThatChecksSignatures(OriginContract):
+    @pytest.fixture
+    def origin(self, signing_s3: str, keys: None, prefix: str) -> Iterator[Origin]:
+        origin = open_origin(f"s3://bucket/{prefix}/deep", OriginOptions(endpoint=signing_s3, region="us-east-1"))
+        yield origin
+        origin.close()
+
+
+class TestS3OfMoto(OriginContract):
+    @pytest.fixture
+    def origin(self, moto_s3: str, keys: None, prefix: str) -> Iterator[Origin]:
+        origin = open_origin(f"s3://bucket/{prefix}", OriginOptions(endpoint=moto_s3))
+        yield origin
+        origin.close()
+
+
+class TestHttp(OriginContract):
+    @pytest.fixture
+    def origin(self) -> Iterator[Origin]:
+        with webdav() as url:
+            origin = open_origin(url)
+            yield origin
+            origin.close()
 
 
 def test_what_a_killed_put_left_is_not_listed_and_is_swept_when_old(tmp_path: Path) -> None:
@@ -144,7 +211,7 @@ def test_a_file_url_opens_a_directory(tmp_path: Path) -> None:
     assert (tmp_path / "with space/k").read_bytes() == b"x"
 
 
-@pytest.mark.parametrize("url", ["s3://bucket", "/plain", "file://host/x", "file:relative", ""])
+@pytest.mark.parametrize("url", ["ftp://bucket", "/plain", "file://host/x", "file:relative", ""])
 def test_another_url_is_refused_with_what_is_served(url: str) -> None:
     with pytest.raises(InvalidInputError, match="file:///"):
         open_origin(url)

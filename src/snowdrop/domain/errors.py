@@ -136,6 +136,13 @@ class UnavailableError(SnowdropError):
     retryable = True
 
 
+class OriginRefusedError(UnavailableError):
+    """The origin turns this node or its credentials away. Only a change of them, or of their rights, helps."""
+
+    kind = "origin_refused"
+    retryable = False
+
+
 class RevisionFailedError(UnavailableError):
     """The revision does not start; the message carries why. Only a new revision or `scale` helps."""
 

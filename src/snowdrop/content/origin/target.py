@@ -35,6 +35,13 @@ class Target(NamedTuple):
         return f"{self.scheme}://{self.authority}{self.path.partition('?')[0]}"
 
 
+class Located(NamedTuple):
+    """Where to ask for an object, and the value of the Authorization header ("": none)."""
+
+    target: Target
+    authorization: str = ""
+
+
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
