@@ -28,6 +28,8 @@ from snowdrop.content.diskio import DiskIo
 _HEADER = struct.Struct("<8sQII32s32s")
 _MAGIC = b"SDMAP\0\0\2"
 _SLOT_ALIGNMENT = 4096
+_UNPACKED = [bytes((byte >> bit) & 1 for bit in range(8)) for byte in range(256)]
+_PACKED = {bits: byte for byte, bits in enumerate(_UNPACKED)}
 
 
 class ChunkMap:
@@ -41,28 +43,31 @@ class ChunkMap:
         self._bits_bytes = -(-count // 8)
         self._slot_bytes = -(-(_HEADER.size + self._bits_bytes) // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
         self._sequence = 0
-        self._is_made = False
 
     def read(self) -> bytearray:
-        """One byte for each chunk, 1 if its bit is set; all 0 if there is no map that can be believed."""
-        best: tuple[int, bytes] | None = None
+        """One byte for each chunk, 1 if its bit is set; all 0 if there is no map that can be believed.
+
+        Makes the file if it is not there: its name is to be durable before the first bits are.
+        """
         raw = self._path.read_bytes() if self._path.is_file() else b""
+        if len(raw) != 2 * self._slot_bytes:
+            self._io.create(self._path, 2 * self._slot_bytes, 0o600)
+        return self.decode(raw)
+
+    def decode(self, raw: bytes) -> bytearray:
+        """What `raw`, the content of a map, says; goes on counting from there."""
+        best: tuple[int, bytes] | None = None
         for slot in (raw[: self._slot_bytes], raw[self._slot_bytes : 2 * self._slot_bytes]):
             decoded = self._decode(slot)
             if decoded is not None and (best is None or decoded[0] > best[0]):
                 best = decoded
-        self._is_made = len(raw) == 2 * self._slot_bytes
         if best is None:
             return bytearray(self._count)
         self._sequence = best[0]
-        bits = int.from_bytes(best[1], "little")
-        return bytearray((bits >> chunk) & 1 for chunk in range(self._count))
+        return bytearray(b"".join(map(_UNPACKED.__getitem__, best[1]))[: self._count])
 
     def write(self, durable: bytearray) -> None:
         """Stores the bits, durable when this returns. The slot that was written last stays as it is."""
-        if not self._is_made:
-            self._io.create(self._path, 2 * self._slot_bytes, 0o600)
-            self._is_made = True
         sequence = self._sequence + 1
         slot = self._encode(sequence, durable)
         fd = self._io.open(self._path, os.O_WRONLY)
@@ -74,9 +79,8 @@ class ChunkMap:
         self._sequence = sequence
 
     def _encode(self, sequence: int, durable: bytearray) -> bytes:
-        packed = bytearray(self._bits_bytes)
-        for chunk, is_durable in enumerate(durable):
-            packed[chunk >> 3] |= is_durable << (chunk & 7)
+        padded = bytes(durable).ljust(8 * self._bits_bytes, b"\0")
+        packed = bytes(_PACKED[padded[at : at + 8]] for at in range(0, len(padded), 8))
         head = (_MAGIC, sequence, self._count, 0, self._manifest)
         seal = blake3(_HEADER.pack(*head, bytes(32)) + packed).digest()
         return (_HEADER.pack(*head, seal) + packed).ljust(self._slot_bytes, b"\0")

@@ -82,8 +82,10 @@ class DiskTier:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            for directory in (self._artefacts, self._trash):
-                self._io.make_directory(directory)
+            if not (self._artefacts.is_dir() and self._trash.is_dir()):
+                for directory in (self._artefacts, self._trash):
+                    self._io.make_directory(directory)
+                self._io.sync_directory(self._directory)
             for path in self._trash.iterdir():
                 self._io.remove_tree(path)
             for path in sorted(self._artefacts.iterdir()):

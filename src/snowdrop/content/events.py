@@ -53,7 +53,7 @@ class EventLog:
         with self._lock, suppress(OSError):
             for line in self._path.read_bytes().splitlines():
                 self._lines += 1
-                with suppress(msgspec.DecodeError):
+                with suppress(msgspec.DecodeError, UnicodeDecodeError):
                     self._count(msgspec.json.decode(line, type=ContentEvent))
 
     @property

@@ -63,7 +63,7 @@ def read_proof(path: Path, boot_id: str) -> dict[str, FileMark]:
     """The files that are still proven; none if the record is missing, unreadable or of another boot."""
     try:
         proof = msgspec.json.decode(path.read_bytes(), type=Proof)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return {}
     return proof.files if boot_id and proof.boot_id == boot_id else {}
 
