@@ -65,7 +65,7 @@ def deploy(
         with push_lease(origin, purpose=f"deploy of {ctx.tenant}/{chosen}") as lease:
             code = push_code(folder, lease.origin, tenant=TenantId(ctx.tenant))
             lease.check()
-            body = Deploy(spec=spec, code=code.artefact)
+            body = Deploy(spec=spec, code=code.artefact, lease=lease.id)
             deployed = ctx.client.send(Deployed, "POST", "deployments", chosen, body=body)
         if ctx.json:
             say_json(deployed)

@@ -30,8 +30,8 @@ LEASE_S = 600.0
 """How long a lease is good for after its last renewal."""
 CLOCK_SKEW_S_MAX = 300.0
 """How far the clocks of two machines may be apart: leases and intents of others are believed that much longer."""
-INTENT_S = 120.0
-"""How long after its intent a collection may still delete."""
+INTENT_S = 900.0
+"""How long after its intent a collection may still delete. It takes stock of the whole origin within this time."""
 
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,80}")
 T = TypeVar("T", bound="Record")

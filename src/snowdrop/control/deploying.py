@@ -89,6 +89,7 @@ class Deploying:
             code=body.code,
             models=tuple(models),
         )
+        await self._roots.check_push(body.lease)
         await self._roots.publish_roots([revision.code, *(bound.artefact for bound in models)])
         await self._state.put_revision(revision)
         return revision

@@ -151,6 +151,12 @@ class OriginRoots:
         )
         return StoreRoots(platform=self._platform, roots=tuple(roots))
 
+    async def check_push(self, lease: str) -> None:
+        """Raises UnavailableError if the push that stored the content of a change has lost its lease."""
+        if lease:
+            check = partial(check_lease, self._origin, lease, now_unix_ns=time.time_ns())
+            await anyio.to_thread.run_sync(check)
+
     async def publish_roots(self, more: Iterable[ArtefactRef]) -> None:
         """Makes `more` known at the origin as named, before the state names it. The caller holds `changing`."""
         added = {_root(artefact) for artefact in more}

@@ -68,10 +68,11 @@ class StoreRoots(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Deploy(msgspec.Struct, frozen=True, kw_only=True):
-    """A new revision: what the code says of itself and the packed code."""
+    """A new revision: what the code says of itself and the packed code, pushed under `lease`."""
 
     spec: ServiceSpec
     code: ArtefactRef
+    lease: str = ""
 
 
 class Deployed(msgspec.Struct, frozen=True, kw_only=True):
