@@ -18,6 +18,8 @@ Bytes = Annotated[int, msgspec.Meta(ge=0)]
 SomeBytes = Annotated[int, msgspec.Meta(ge=1)]
 Period = Annotated[float, msgspec.Meta(ge=0.01, le=3_600)]
 """Of a loop: below 10 ms it would only burn the processor."""
+Grace = Annotated[float, msgspec.Meta(ge=0, le=31_536_000)]
+"""How long garbage is kept: up to a year."""
 Bound = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 NodeName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Uid = Annotated[int, msgspec.Meta(ge=1_000, le=2_000_000_000)]
@@ -77,6 +79,7 @@ class ContentSettings(msgspec.Struct, frozen=True, kw_only=True):
     origin_anonymous: bool = False
     origin_bytes_per_s_max: Bytes = 0
     tenant_bytes_per_s_max: Bytes = 0
+    collect_grace_s: Grace = 86_400.0
     ram_bytes_max: SomeBytes = 4 << 30
     disk_bytes_max: SomeBytes = 100 << 30
     fetch_threads: Workers = 4
