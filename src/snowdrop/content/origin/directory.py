@@ -12,6 +12,7 @@ from errno import EDQUOT, EISDIR, ENOENT, ENOSPC, ENOTDIR
 from pathlib import Path
 
 from snowdrop.content.origin.port import ObjectInfo, cut_short, missing
+from snowdrop.content.origin.steer import Steer
 from snowdrop.content.paths import parse_tree_path
 from snowdrop.domain.errors import (
     InvalidInputError,
@@ -29,8 +30,9 @@ OPEN_FILES_MAX = 32
 class DirectoryOrigin:
     """Objects are put by a rename, so a reader sees all of one or nothing."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, steer: Steer | None = None) -> None:
         self._root = root
+        self._steer = steer
         self._files = _OpenFiles()
 
     def put(self, key: str, data: bytes | memoryview) -> None:
@@ -62,6 +64,18 @@ class DirectoryOrigin:
         return status.st_size
 
     def read_range(self, key: str, offset: int, into: memoryview) -> None:
+        if self._steer is None:
+            self._read_range(key, offset, into)
+            return
+        self._steer.began()
+        done = 0
+        try:
+            self._read_range(key, offset, into)
+            done = len(into)
+        finally:
+            self._steer.ended(done, 0.0)
+
+    def _read_range(self, key: str, offset: int, into: memoryview) -> None:
         try:
             with self._files.opened(self._path(key)) as fd:
                 done = 0

@@ -22,6 +22,7 @@ from snowdrop.content.origin.exchange import UnusableError
 from snowdrop.content.origin.port import OBJECT_BYTES_MAX, ObjectInfo, cut_short, missing, place
 from snowdrop.content.origin.ranges import RangeReader, ReadLimits
 from snowdrop.content.origin.recent import ReadCounts
+from snowdrop.content.origin.steer import Steer
 from snowdrop.content.origin.stores import one_line, open_store
 from snowdrop.content.origin.urls import PlainUrls, SignedUrls
 from snowdrop.content.paths import parse_tree_path
@@ -51,6 +52,7 @@ class ObjectStoreOrigin:
         url: str,
         options: OriginOptions,
         *,
+        steer: Steer | None = None,
         limits: ReadLimits | None = None,
         pause: Callable[[float], None] = time.sleep,
         rng: random.Random | None = None,
@@ -60,7 +62,9 @@ class ObjectStoreOrigin:
         self._opened = opened
         self._store = opened.store
         urls = SignedUrls(opened) if opened.signs else PlainUrls(opened, self._url)
-        self._reader = RangeReader(urls, self._url, _context(options), limits=limits, pause=pause, rng=rng)
+        self._reader = RangeReader(
+            urls, self._url, _context(options), limits=limits, steer=steer, pause=pause, rng=rng
+        )
 
     @property
     def counts(self) -> ReadCounts:

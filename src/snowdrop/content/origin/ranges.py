@@ -27,6 +27,7 @@ from snowdrop.content.origin.head import GarbledError
 from snowdrop.content.origin.port import cut_short, missing, place
 from snowdrop.content.origin.race import CancelledReadError, Race, RaceCourse, RaceLimits
 from snowdrop.content.origin.recent import ReadCounts, ReadRecord
+from snowdrop.content.origin.steer import Steer
 from snowdrop.content.origin.target import Located, redirected
 from snowdrop.domain.cancel import cancelled
 from snowdrop.domain.errors import (
@@ -76,6 +77,7 @@ class RangeReader:
         context: ssl.SSLContext,
         *,
         limits: ReadLimits | None = None,
+        steer: Steer | None = None,
         pause: Callable[[float], None] = time.sleep,
         rng: random.Random | None = None,
     ) -> None:
@@ -83,6 +85,7 @@ class RangeReader:
         self._origin = origin
         self._pool = Pool(context)
         self._limits = limits or ReadLimits()
+        self._steer = steer
         self._pause = pause
         self._rng = rng or random.Random()  # noqa: S311 - jitter
         self._rng_lock = threading.Lock()
@@ -95,8 +98,22 @@ class RangeReader:
 
     def read(self, key: str, offset: int, into: memoryview) -> None:
         """Fills `into` from `offset`. Raises typed errors that name the object, and UnusableError."""
+        before = self._record.counts.throttled
+        if self._steer is not None:
+            self._steer.began()
+        done, first_byte_s = 0, 0.0
+        try:
+            first_byte_s = self._read(key, offset, into)
+            done = len(into)
+        finally:
+            if self._steer is not None:
+                self._steer.ended(done, first_byte_s, throttled=self._record.counts.throttled - before)
+
+    def _read(self, key: str, offset: int, into: memoryview) -> float:
+        """Seconds that the last answer's first byte took."""
         history = ReadHistory(started_s=time.monotonic())
         done = redirects = 0
+        first_byte_s = 0.0
         renewed = False
         located = self._urls.locate(key)
         while done < len(into):
@@ -105,6 +122,7 @@ class RangeReader:
             try:
                 race.run(until_s)
                 done += race.moved
+                first_byte_s = race.first_byte_s
                 if done < len(into):
                     less = FailedError("truncated", "it gives fewer bytes than asked for")
                     history = self._after(key, history, less, race.moved)
@@ -128,6 +146,7 @@ class RangeReader:
             except CancelledReadError as error:
                 raise self._cancelled(key) from error
         self._record.count(bytes=len(into))
+        return first_byte_s
 
     def close(self) -> None:
         self._pool.close()
