@@ -34,6 +34,9 @@ from snowdrop.domain.manifest import (
     TensorEntry,
 )
 
+SLAB_BYTES = 12_288
+"""Windows of an area end here: a block and a small chunk may take two."""
+
 BLOCK_BYTES = 8192
 """Put in place of the real size of a block, so that a small file has several."""
 
@@ -129,9 +132,11 @@ class SmallArea:
     def is_filled(self, chunk: int) -> bool:
         return chunk in self._filled
 
+    def stretch(self, offset: int, length: int) -> int:
+        return min(length, SLAB_BYTES - offset % SLAB_BYTES)
+
     def window(self, offset: int, length: int) -> memoryview:
-        assert length <= BLOCK_BYTES
-        assert offset // BLOCK_BYTES == (offset + length - 1) // BLOCK_BYTES
+        assert offset // SLAB_BYTES == (offset + length - 1) // SLAB_BYTES
         return self._view[offset : offset + length]
 
 

@@ -58,7 +58,6 @@ class Recording:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("snowdrop.content.behind.BLOCK_BYTES_MAX", BLOCK_BYTES)
-    monkeypatch.setattr("snowdrop.content.landing.BLOCK_BYTES_MAX", BLOCK_BYTES)
 
 
 def record(root: Path, name: str, fault: str, seed: int) -> Recording:

@@ -46,6 +46,10 @@ class Area:
         """The area's own descriptor: duplicate it to keep it."""
         return self._fd
 
+    def stretch(self, offset: int, length: int) -> int:
+        """How many of `length` bytes from `offset` on lie in one piece."""
+        return min(length, self.layout.size - offset)
+
     def window(self, offset: int, length: int) -> memoryview:
         """Writable bytes of the area; the caller lets go of them before the area is closed."""
         return self._view[offset : offset + length]

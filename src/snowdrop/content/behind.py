@@ -1,7 +1,7 @@
 """Which parts of an artefact's tensor files can go from its landing area to the disk, in which blocks. No I/O.
 
-Blocks lie on a grid over the area, so that none crosses the border of a slab, and begin and end in a file at
-multiples of a page, but for the file's own end.
+Blocks lie on a grid over the area, so that none crosses the border of a slab of the usual sizes, and begin and
+end in a file at multiples of a page, but for the file's own end.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ class FilledArea(Protocol):
 
     def is_filled(self, chunk: int) -> bool: ...
 
-    def window(self, offset: int, length: int) -> memoryview:
-        """At most BLOCK_BYTES_MAX, never across a multiple of it."""
+    def stretch(self, offset: int, length: int) -> int:
+        """How many of `length` bytes from `offset` on lie in one piece: what `window` can be asked for."""
+
+    def window(self, offset: int, length: int) -> memoryview: ...
 
 
 class Block(NamedTuple):

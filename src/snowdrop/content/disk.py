@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from snowdrop.content.descriptors import Descriptors
-from snowdrop.content.diskio import DiskIo
+from snowdrop.content.diskio import DiskIo, translated
 from snowdrop.content.events import ContentEvent, EventKind, EventLog, SeenBy
-from snowdrop.content.landing import Landing, translated
-from snowdrop.content.manifest import decode_manifest
+from snowdrop.content.keys import PUBLIC_KEYRING, Keyring
+from snowdrop.content.landing import Landing
+from snowdrop.content.manifest import decode_manifest, manifest_digest
 from snowdrop.domain.errors import ConflictError, SnowdropError, StorageFullError
 from snowdrop.domain.ids import Digest, fresh_id
 from snowdrop.domain.manifest import Manifest
+from snowdrop.policy.eviction import Kept, choose
 
 LOCK_S_MAX = 5.0
 """A data plane that was killed is gone within this time; one that runs keeps the lock for ever."""
@@ -60,7 +62,13 @@ class DiskTier:
     """The books (`has`, `reserve`, `touch`) are kept by one event loop; what blocks belongs in threads."""
 
     def __init__(
-        self, directory: Path, bytes_max: int, io: DiskIo | None = None, *, boot_id: str | None = None
+        self,
+        directory: Path,
+        bytes_max: int,
+        io: DiskIo | None = None,
+        *,
+        boot_id: str | None = None,
+        keyring: Keyring = PUBLIC_KEYRING,
     ) -> None:
         self.events = EventLog(directory / "events.jsonl")
         self._directory = directory
@@ -71,6 +79,7 @@ class DiskTier:
         self._kept: dict[str, _Kept] = {}
         self._lock_fd = -1
         self._boot_id = boot_id
+        self._keyring = keyring
         self._descriptors = Descriptors()
         self._opening = threading.RLock()
         self._landings: dict[str, Landing] = {}
@@ -108,12 +117,18 @@ class DiskTier:
         return sum(kept.size for kept in self._kept.values())
 
     def cached_manifest(self, digest: Digest) -> Manifest | None:
-        """The manifest as an earlier fetch left it; None if there is none or it is not what its digest says."""
+        """The manifest as an earlier fetch left it; None if there is none or it is not what its digest says.
+
+        Of private content, None also if its key is not in the keyring.
+        """
         try:
-            return decode_manifest((self._path(digest) / "manifest").read_bytes(), expected=digest)
+            data = (self._path(digest) / "manifest").read_bytes()
+            manifest = decode_manifest(data, hasher=None)
+            hasher = self._keyring.hasher(manifest.key_domain)
         except (OSError, SnowdropError):
             # Whatever is wrong with the copy, the origin's is the one to judge.
             return None
+        return manifest if manifest_digest(data, hasher) == digest else None
 
     def has(self, digest: Digest) -> bool:
         return self._path(digest).name in self._kept
@@ -126,27 +141,31 @@ class DiskTier:
         """
         small = sum(entry.size for entry in manifest.files if not entry.tensors)
         own = self._path(digest).name
-        others = sorted((kept.used_ns, name) for name, kept in self._kept.items() if name != own)
-        taken = sum(kept.size for name, kept in self._kept.items() if name != own)
-        loose = [(name, self._kept[name].size) for _, name in others if Digest(PREFIX + name) not in pinned]
-        firm = taken - sum(size for _, size in loose)
-        has_room = firm + manifest.total_bytes <= self._bytes_max
-        wanted = manifest.total_bytes if has_room else small
-        if firm + wanted > self._bytes_max:
+        others = [
+            Kept(
+                name=name,
+                size_bytes=kept.size,
+                used=kept.used_ns,
+                is_pinned=Digest(PREFIX + name) in pinned,
+            )
+            for name, kept in self._kept.items()
+            if name != own
+        ]
+        wanted = manifest.total_bytes
+        decision = whole = choose(others, wanted, self._bytes_max)
+        if not whole.fits:
+            wanted = small
+            decision = choose(others, wanted, self._bytes_max)
+        if not decision.fits:
             raise StorageFullError(
-                f"no room for {wanted} bytes in the node's cache",
-                where=f"disk_bytes_max={self._bytes_max}, in use {firm}",
+                f"no room in the node's cache: {decision.reason}",
+                where=f"disk_bytes_max={self._bytes_max}",
                 next_step="raise disk_bytes_max, or scale another deployment down",
             )
-        victims: list[Digest] = []
-        for name, size in loose:
-            if taken + wanted <= self._bytes_max:
-                break
+        for name in decision.victims:
             del self._kept[name]
-            victims.append(Digest(PREFIX + name))
-            taken -= size
         self._kept[own] = _Kept(wanted, time.time_ns())
-        return Reservation(victims, has_room)
+        return Reservation([Digest(PREFIX + name) for name in decision.victims], whole.fits)
 
     def open_landing(self, digest: Digest, manifest: Manifest) -> Landing:
         """The artefact's landing directory, made or taken over; one and the same until it is evicted. Blocks."""
@@ -177,6 +196,33 @@ class DiskTier:
         """The landing directories that are open now."""
         return {Digest(PREFIX + name): landing for name, landing in list(self._landings.items())}
 
+    def known_landing(self, digest: Digest) -> Landing | None:
+        """The landing directory of an artefact that is on this disk, opened if it is not; otherwise None.
+        Blocks."""
+        landing = self._landings.get(self._path(digest).name)
+        if landing is not None:
+            return landing
+        manifest = self.cached_manifest(digest) if self.has(digest) else None
+        return self.open_landing(digest, manifest) if manifest is not None else None
+
+    def scrub_times(self) -> dict[Digest, float]:
+        """When each artefact on this disk was last read through, in seconds since the epoch; 0 is never.
+        Blocks."""
+        times: dict[Digest, float] = {}
+        for name in list(self._kept):
+            times[Digest(PREFIX + name)] = 0.0
+            with suppress(OSError):
+                times[Digest(PREFIX + name)] = (self._artefacts / name / "scrubbed").stat().st_mtime
+        return times
+
+    def note_scrubbed(self, digest: Digest) -> None:
+        """An artefact was read through now. Blocks."""
+        path = self._path(digest) / "scrubbed"
+        # Forgetting it costs a pass, no more.
+        with suppress(OSError):
+            self._io.create(path, 0, 0o600)
+            self._io.touch(path)
+
     def find_chunk(self, key_domain: str, digest: str) -> tuple[Landing, int] | None:
         """A landing directory that claims a chunk of that key domain, and the chunk's number there. Blocks.
 
@@ -188,7 +234,7 @@ class DiskTier:
             if chunk is None:
                 continue
             try:
-                landing = self._landings.get(name) or self._open_known(Digest(PREFIX + name))
+                landing = self.known_landing(Digest(PREFIX + name))
             except SnowdropError:
                 # It cannot be opened now: as good as not there.
                 continue
@@ -221,10 +267,6 @@ class DiskTier:
             except OSError as error:
                 raise translated(error, path) from error
         self._io.remove_tree(doomed)
-
-    def _open_known(self, digest: Digest) -> Landing | None:
-        manifest = self.cached_manifest(digest)
-        return self.open_landing(digest, manifest) if manifest is not None and self.has(digest) else None
 
     def _load_index(self) -> None:
         with self._opening:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
+
+from snowdrop.domain.errors import SnowdropError, StorageFullError, UnavailableError
 
 
 class DiskIo:
@@ -62,3 +65,18 @@ class DiskIo:
     def remove_tree(self, path: Path) -> None:
         """Removes a directory with all that is in it, as far as that goes: what is left is tried again later."""
         shutil.rmtree(path, ignore_errors=True)
+
+
+def translated(error: OSError, place: Path) -> SnowdropError:
+    """`error` of the cache disk as a typed one."""
+    if error.errno in {ENOSPC, EDQUOT}:
+        return StorageFullError(
+            "the node's cache disk is full",
+            where=str(place),
+            next_step="free space there, or lower disk_bytes_max so that unused artefacts are dropped earlier",
+        )
+    return UnavailableError(
+        f"the node's cache disk: {error.strerror}",
+        where=str(place),
+        next_step="check the disk and its permissions",
+    )

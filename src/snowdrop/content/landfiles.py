@@ -52,9 +52,9 @@ class LandingFiles:
         for flags in (os.O_WRONLY, os.O_WRONLY | os.O_DIRECT):
             self._descriptors.forget(id(self), index, flags)
 
-    def read(self, place: FilePlace, into: memoryview) -> bool:
-        """Fills `into` from `place`; False if the file ends before."""
-        if place.file in self._tensor_locks and self._is_direct:
+    def read(self, place: FilePlace, into: memoryview, *, from_disk: bool = False) -> bool:
+        """Fills `into` from `place`; False if the file ends before. `from_disk` leaves out the page cache."""
+        if (from_disk or place.file in self._tensor_locks) and self._is_direct:
             try:
                 with self._opened(place.file, os.O_RDONLY | os.O_DIRECT) as fd:
                     return read_direct(fd, place.file_offset, into)

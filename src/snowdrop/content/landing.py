@@ -17,15 +17,15 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from errno import EDQUOT, EIO, ENOENT, ENOSPC
+from errno import EIO, ENOENT
 from pathlib import Path
 
 from blake3 import blake3
 
-from snowdrop.content.behind import BLOCK_BYTES_MAX, Behind, FilledArea
+from snowdrop.content.behind import Behind, Block, FilledArea
 from snowdrop.content.chunkmap import ChunkMap
 from snowdrop.content.descriptors import Descriptors
-from snowdrop.content.diskio import DiskIo
+from snowdrop.content.diskio import DiskIo, translated
 from snowdrop.content.events import EventKind, SeenBy
 from snowdrop.content.landfiles import LandingFiles
 from snowdrop.content.landtree import LandingTree
@@ -33,7 +33,7 @@ from snowdrop.content.manifest import encode_manifest
 from snowdrop.content.placement import FilePlace, file_places
 from snowdrop.content.proof import current_boot_id
 from snowdrop.content.source import Tier
-from snowdrop.domain.errors import IntegrityError, SnowdropError, StorageFullError, UnavailableError
+from snowdrop.domain.errors import IntegrityError
 from snowdrop.domain.manifest import Manifest
 
 Notice = Callable[[EventKind, int, SeenBy], None]
@@ -150,6 +150,14 @@ class Landing:
                     raise IntegrityError("landing file is cut short", where=str(self._tree.path(place.file)))
                 done += place.length
 
+    def places_of(self, chunk: int) -> list[FilePlace]:
+        return list(self._places[chunk])
+
+    def read_place(self, place: FilePlace, into: memoryview) -> bool:
+        """Fills `into` from the disk itself, not from the page cache; False if the file ends before."""
+        with self._translated():
+            return self._files.read(place, into, from_disk=True)
+
     def write(self, chunk: int, data: memoryview) -> None:
         """Writes a verified chunk to every place it has; a file that has all of its chunks enters the tree."""
         if self._verified[chunk]:
@@ -174,7 +182,7 @@ class Landing:
                 behind = self._behind = self._behind or Behind(self.manifest, area.layout)
                 blocks = behind.ready(area, self.is_verified, budget_bytes)
             for block in blocks:
-                self._files.write_block(block, area.window(block.area_offset, block.length))
+                self._write_block(block, area)
                 written += block.length
                 with self._lock:
                     self._dirty.add(block.file)
@@ -251,6 +259,15 @@ class Landing:
         for index in self._files_of(chunk):
             self._tree.hide(index)
 
+    def _write_block(self, block: Block, area: FilledArea) -> None:
+        done = 0
+        while done < block.length:
+            at = block.area_offset + done
+            length = area.stretch(at, block.length - done)
+            part = block._replace(file_offset=block.file_offset + done, area_offset=at, length=length)
+            self._files.write_block(part, area.window(at, length))
+            done += length
+
     def _mend(self, place: FilePlace, data: memoryview) -> bool:
         """Makes sure that a place that may be unproven holds `data`; returns whether it had to be written."""
         with self._lock:
@@ -274,7 +291,7 @@ class Landing:
             done = 0
             while at is not None and done < place.length:
                 begin = at + place.chunk_offset + done
-                length = min(place.length - done, BLOCK_BYTES_MAX - begin % BLOCK_BYTES_MAX)
+                length = area.stretch(begin, place.length - done)
                 part = place._replace(file_offset=place.file_offset + done, length=length)
                 self._files.write(part, area.window(begin, length))
                 done += length
@@ -379,18 +396,3 @@ class Landing:
             yield
         except OSError as error:
             raise translated(error, self.directory) from error
-
-
-def translated(error: OSError, place: Path) -> SnowdropError:
-    """`error` of the cache disk as a typed one."""
-    if error.errno in {ENOSPC, EDQUOT}:
-        return StorageFullError(
-            "the node's cache disk is full",
-            where=str(place),
-            next_step="free space there, or lower disk_bytes_max so that unused artefacts are dropped earlier",
-        )
-    return UnavailableError(
-        f"the node's cache disk: {error.strerror}",
-        where=str(place),
-        next_step="check the disk and its permissions",
-    )
