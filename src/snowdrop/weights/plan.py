@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import product
+from itertools import islice, product
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -90,7 +90,7 @@ class PlannedTensor(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_run(self) -> bool:
         """Whether it lies in its file as one run of bytes."""
-        return self.index is None or len(list(self.spans(0))) <= 1
+        return self.index is None or len(list(islice(self.spans(0), 2))) <= 1
 
     def spans(self, gap_bytes: int = GAP_BYTES) -> Iterator[tuple[int, int]]:
         """Offset in the file and length of each run of bytes needed, ascending.

@@ -40,8 +40,7 @@ def stream(source: Source, plan: LoadPlan, device: Device, dtypes: Dtypes) -> It
     with closing(device):
         for tensor in plan.tensors:
             torch_dtype(tensor)
-        feed = source.open(plan)
-        with closing(feed):
+        with closing(source.open(plan)) as feed, closing(device):  # the device first: it may still read the feed's
             for tensor in plan.tensors:
                 yield tensor.entry.name, device.place(tensor, feed, dtypes(tensor))
 

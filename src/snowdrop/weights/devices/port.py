@@ -29,5 +29,8 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Waits for the copies that are under way and gives back what it holds of the host's memory."""
+        """Waits for the copies that are under way and gives back what it holds of the host's memory.
+
+        May be called again.
+        """
         ...
