@@ -8,8 +8,18 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from snowdrop.cli import store_keys
-from snowdrop.cli.output import Context, console, context, errors, human_bytes, reported, say_json, table
+from snowdrop.cli import store_keys, verifying
+from snowdrop.cli.output import (
+    EXIT_FAILED,
+    Context,
+    console,
+    context,
+    errors,
+    human_bytes,
+    reported,
+    say_json,
+    table,
+)
 from snowdrop.cli.platform import JsonFlag
 from snowdrop.content.collect import CollectionProgress, CollectionReport, Collector, forget_platform
 from snowdrop.content.gcformat import Root
@@ -71,6 +81,27 @@ def gc(
             say_json({"origin": report})
         else:
             print_collection(report)
+
+
+@app.command()
+def verify(
+    name: Annotated[str | None, typer.Argument(help="A model; or --all.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that any tenant's state names.")] = False,
+    at_origin: Annotated[bool, typer.Option("--origin", help="Read every pack at the origin too.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Read stored content back and compare every byte with its digest. Exit code 1 if something stays wrong."""
+    with reported():
+        ctx = context(json=json)
+        if everything == (name is not None):
+            raise InvalidInputError("say what to verify", where="NAME or --all", next_step="one of the two")
+        result = verifying.verify(ctx, name, at_origin=at_origin)
+        if ctx.json:
+            say_json(result)
+        else:
+            verifying.print_result(result)
+        if not result.ok:
+            raise typer.Exit(EXIT_FAILED)
 
 
 def origin_of(ctx: Context) -> Origin:
