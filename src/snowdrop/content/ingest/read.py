@@ -105,7 +105,7 @@ class SpanReader:
 
     def _buffer(self, length: int) -> bytearray:
         """Large ones are used again: fresh memory costs more than filling it. Small files take what they are."""
-        if length < SMALL_BYTES:
+        if not SMALL_BYTES <= length <= SPAN_BYTES:
             return bytearray(length)
         return self._buffers.pop() if self._buffers else bytearray(SPAN_BYTES)
 
