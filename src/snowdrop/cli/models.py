@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from contextlib import closing
 from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from snowdrop.cli.output import console, context, errors, human_age, human_bytes, reported, say_json, table
+from snowdrop.cli.output import (
+    Context,
+    console,
+    context,
+    errors,
+    human_age,
+    human_bytes,
+    reported,
+    say_json,
+    table,
+)
 from snowdrop.cli.platform import JsonFlag
-from snowdrop.cli.publishing import publication
-from snowdrop.content.ingest import PushProgress, push_directory
-from snowdrop.content.layout import manifest_key
+from snowdrop.cli.publishing import Publication, publication
+from snowdrop.content.ingest import (
+    Compress,
+    Filter,
+    IngestIndex,
+    PushOptions,
+    PushProgress,
+    PushResult,
+    Source,
+    SourceOptions,
+    open_source,
+    push_source,
+)
+from snowdrop.content.keys import PUBLIC_HASHER, Hasher, Keyring, key_domain, load_keyring, tenant_key
+from snowdrop.content.layout import PUBLIC_DOMAIN, manifest_key
 from snowdrop.content.manifest import decode_manifest
 from snowdrop.content.origin import open_origin
 from snowdrop.domain.deployment import ModelRecord
@@ -24,43 +46,96 @@ from snowdrop.wire.api import Info
 app = typer.Typer(no_args_is_help=True, help="Models: push, list, show, remove.")
 
 
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A directory, hf://org/name@revision, s3://, gs:// or az:// with a prefix, or an http(s):// URL."
+    ),
+]
+PrivateFlag = Annotated[
+    bool,
+    typer.Option("--private", help="Name it with the tenant's key: nobody else can tell whether it is there."),
+]
+CompressOption = Annotated[
+    Compress, typer.Option(help="auto: where it saves a lot. zstd: wherever it saves. none: fastest to load.")
+]
+PatternsOption = Annotated[list[str] | None, typer.Option(help="Pattern of paths; may be repeated.")]
+TokenOption = Annotated[str | None, typer.Option(help="Token of the hub; better in HF_TOKEN or `hf auth login`.")]
+
+
 @app.command()
 def push(
     name: Annotated[str, typer.Argument(help="The name deployments will use.")],
-    source: Annotated[Path, typer.Argument(help="A model's directory.")],
+    source: SourceArgument,
+    *,
+    include: PatternsOption = None,
+    exclude: PatternsOption = None,
+    compress: CompressOption = "none",
+    private: PrivateFlag = False,
+    token: TokenOption = None,
+    endpoint: Annotated[str | None, typer.Option(help="URL of another hub or object store.")] = None,
+    region: Annotated[str | None, typer.Option(help="Region of an s3:// source.")] = None,
+    anonymous: Annotated[bool, typer.Option("--anonymous", help="Read the store without credentials.")] = False,
+    reread: Annotated[bool, typer.Option("--reread", help="Read every file, also unchanged ones.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Cut a model directory into verified chunks, store them at the origin, and give it a name."""
+    """Cut a model into verified chunks, store what the origin does not have, and give it a name.
+
+    A push that was interrupted goes on where it was when it is run again.
+    """
     with reported():
         ctx = context(json=json)
         parse_name(name, what="model name")
+        chosen = Filter(tuple(include or ()), tuple(exclude or ()))
+        reached = SourceOptions(token=token, endpoint=endpoint, region=region, anonymous=anonymous, chosen=chosen)
+        opened = open_source(source, reached)
+        options = PushOptions(hasher=_hasher(ctx, private=private), compress=compress, reread=reread)
         started_s = time.monotonic()
-        columns = (
-            *(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()),
-            TimeRemainingColumn(),
-        )
-        with (
-            publication(ctx, name) as push_of_model,
-            Progress(*columns, console=errors, disable=ctx.json, transient=True) as bar,
-        ):
-            task = bar.add_task(f"pushing {name}", total=None)
-
-            def progress(state: PushProgress) -> None:
-                bar.update(task, completed=state.done_bytes, total=state.total_bytes)
-
-            result = push_directory(
-                source, push_of_model.origin, kind="model", tenant=TenantId(ctx.tenant), progress=progress
-            )
-            record = push_of_model.publish(ctx, result.artefact, source=str(source))
+        with publication(ctx, name) as published:
+            result = _carry(ctx, name, opened, published, options)
+            record = published.publish(ctx, result.artefact, source=opened.name)
         if ctx.json:
-            say_json({"model": record, "new_bytes": result.new_bytes, "reused_bytes": result.reused_bytes})
+            counts = {"new_bytes": result.new_bytes, "reused_bytes": result.reused_bytes}
+            say_json({"model": record, **counts, "read_bytes": result.read_bytes})
             return
-        took_s = time.monotonic() - started_s
-        console.print(
-            f"pushed {name}: {record.artefact.file_count} files, {human_bytes(record.artefact.total_bytes)} "
-            f"({human_bytes(result.new_bytes)} new) in {took_s:.1f} s"
-        )
-        console.print(f"  {record.artefact.manifest}", style="dim")
+        _say_pushed(record, result, time.monotonic() - started_s)
+
+
+def _hasher(ctx: Context, *, private: bool) -> Hasher:
+    if not private:
+        return PUBLIC_HASHER
+    key = tenant_key(ctx.layout.content_keys, TenantId(ctx.tenant))
+    return Keyring({key_domain(key): key}).hasher(key_domain(key))
+
+
+def _carry(ctx: Context, name: str, source: Source, published: Publication, options: PushOptions) -> PushResult:
+    """Pushes under a progress bar."""
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()),
+        TimeRemainingColumn(),
+    )
+    origin_url = ctx.client.get(Info, "info").origin_url
+    with (
+        closing(IngestIndex(ctx.layout.ingest_index, origin_url, options.hasher.domain)) as index,
+        Progress(*columns, console=errors, disable=ctx.json, transient=True) as bar,
+    ):
+        task = bar.add_task(f"pushing {name}", total=None)
+
+        def progress(state: PushProgress) -> None:
+            bar.update(task, completed=state.done_bytes, total=state.total_bytes)
+
+        return push_source(source, published.origin, options, index=index, progress=progress)
+
+
+def _say_pushed(record: ModelRecord, result: PushResult, took_s: float) -> None:
+    artefact = record.artefact
+    privacy = "private, " if artefact.key_domain != PUBLIC_DOMAIN else ""
+    console.print(
+        f"pushed {record.name}: {privacy}{artefact.file_count} files, {human_bytes(artefact.total_bytes)} "
+        f"({human_bytes(result.new_bytes)} new) in {took_s:.1f} s"
+    )
+    console.print(f"  from {record.source}", style="dim")
+    console.print(f"  {artefact.manifest}", style="dim")
 
 
 @app.command("ls")
@@ -92,7 +167,7 @@ def show(name: str, json: JsonFlag = False) -> None:
     with reported():
         ctx = context(json=json)
         record = ctx.client.get(ModelRecord, "models", name)
-        manifest = _manifest(ctx.client.get(Info, "info"), record)
+        manifest = _manifest(ctx, record)
         if ctx.json:
             say_json({"model": record, "files": manifest.files})
             return
@@ -117,9 +192,11 @@ def rm(name: str, json: JsonFlag = False) -> None:
             console.print(f"removed {name}; its bytes stay at the origin until `snowdrop store gc` collects them")
 
 
-def _manifest(info: Info, record: ModelRecord) -> Manifest:
+def _manifest(ctx: Context, record: ModelRecord) -> Manifest:
+    info = ctx.client.get(Info, "info")
+    hasher = load_keyring(ctx.layout.content_keys).hasher(record.artefact.key_domain)
     origin = open_origin(info.origin_url, info.origin)
     key = manifest_key(record.artefact.key_domain, record.artefact.manifest)
     data = bytearray(origin.size(key))
     origin.read_range(key, 0, memoryview(data))
-    return decode_manifest(bytes(data), expected=record.artefact.manifest)
+    return decode_manifest(bytes(data), expected=record.artefact.manifest, hasher=hasher)

@@ -53,6 +53,11 @@ class StateLayout(msgspec.Struct, frozen=True):
         return self.root / "content-keys"
 
     @property
+    def ingest_index(self) -> Path:
+        """What pushes from here know of the origin's chunks, and how far they came: only a cache."""
+        return self.root / "ingest.db"
+
+    @property
     def cache(self) -> Path:
         return self.root / "cache"
 

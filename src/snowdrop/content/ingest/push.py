@@ -42,11 +42,15 @@ _PEEK_BYTES = 256 << 10
 
 
 class PushOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a tree is stored. `hasher` is of the key domain: public, or a tenant's for private content."""
+    """How a tree is stored. `hasher` is of the key domain: public, or a tenant's for private content.
+
+    `reread` reads every file, also those that an earlier push knows under the same version.
+    """
 
     kind: TreeKind = "model"
     hasher: Hasher = PUBLIC_HASHER
     compress: Compress = "none"
+    reread: bool = False
 
 
 class PushProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,7 +167,7 @@ class _Push:
 
     def run(self, files: Sequence[SourceFile]) -> PushResult:
         hasher, index = self.options.hasher, self.index
-        walk = Walk(self.source, files, self._headers(files))
+        walk = Walk(self.source, files, self._headers(files), reread=self.options.reread)
         if index is not None:
             learn(index, self.origin, hasher, self.readers)
         packer = Packer(

@@ -52,11 +52,14 @@ class _File:
 class Walk:
     """One walk through `files`. `entries` are the files that are done, `done_bytes` counts all that was passed."""
 
-    def __init__(self, source: Source, files: Sequence[SourceFile], headers: Mapping[str, Header]) -> None:
+    def __init__(
+        self, source: Source, files: Sequence[SourceFile], headers: Mapping[str, Header], *, reread: bool
+    ) -> None:
         self.entries: list[FileEntry] = []
         self.done_bytes = 0
         self.read_bytes = 0
         self._source = source
+        self._reread = reread
         self._files = [(file, headers.get(file.path)) for file in files]
         self._begun: dict[str, _File] = {}
         self._unreported: list[_File] = []
@@ -89,7 +92,7 @@ class Walk:
     def _spans(self, packer: Packer, index: IngestIndex | None) -> Iterator[Span]:
         for file, header in self._files:
             state = self._begun[file.path] = _File.begin(file, header)
-            state.known = self._known(state, packer, index) if index is not None else None
+            state.known = self._known(state, packer, index) if index is not None and not self._reread else None
             durable = state.known.durable_bytes if state.known is not None else 0
             yield from spans_of(file, (piece for piece in state.pieces() if piece.offset >= durable))
 
