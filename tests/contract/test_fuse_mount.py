@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -435,3 +437,49 @@ def test_the_session_ends_when_the_mount_is_gone(tmp_path: Path) -> None:
         unmount_tree(tmp_path / "m")
         running.result(WAIT_S_MAX)
         journal.close()
+
+
+# --- without root -------------------------------------------------------------------------------------------
+
+_AS_USER = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from fuse_helpers import DictSource, serving
+from snowdrop.content.fuse.mount import may_mount, mounted_trees, unmount_tree
+at = Path(sys.argv[1])
+files = {"a.txt": b"hello", "d/model.bin": bytes(range(256)) * 4000}
+assert os.geteuid() != 0 and may_mount() == "fusermount3"
+with serving(at, files, DictSource(files), passthrough=False):
+    assert (at / "d/model.bin").read_bytes() == files["d/model.bin"]
+    assert (at / "a.txt").read_bytes() == b"hello"
+    assert [tree.path for tree in mounted_trees(at)] == [at]
+assert mounted_trees(at) == []
+print("read as", os.geteuid())
+"""
+
+_AS_NOBODY = """
+mount --make-rprivate / && mknod -m 666 "$1/fuse" c 10 229 && mount --bind "$1/fuse" /dev/fuse && shift || exit 77
+exec setpriv --reuid 65534 --regid 65534 --clear-groups "$@"
+"""
+
+
+@pytest.mark.skipif(shutil.which("fusermount3") is None, reason="needs fusermount3 of Debian's fuse3")
+def test_without_root_the_helper_mounts() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        at = Path(folder, "mount")
+        at.mkdir()
+        Path(folder).chmod(0o755)
+        os.chown(at, 65534, 65534)
+        program = [sys.executable, "-c", _AS_USER, str(at), str(Path(__file__).parent.parent)]
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", _AS_NOBODY, "sh", folder, *program],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        if done.returncode == 77:
+            pytest.skip("no mount namespace of its own here")
+        assert done.stdout == "read as 65534\n", done.stderr
