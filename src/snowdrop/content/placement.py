@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from snowdrop.domain.manifest import Manifest
+from snowdrop.domain.manifest import Extent, Manifest
 from snowdrop.wire.replica import AreaFile
 
 AREA_ALIGNMENT = 4096
@@ -45,6 +47,17 @@ def file_places(manifest: Manifest) -> list[list[FilePlace]]:
         for extent in entry.extents:
             places[extent.chunk].append(FilePlace(index, extent.file_offset, extent.chunk_offset, extent.length))
     return places
+
+
+def stretch_chunks(extents: Sequence[Extent], offset: int, length: int) -> list[int]:
+    """The chunks that a stretch of a file consists of, in its order."""
+    found: list[int] = []
+    first = max(0, bisect_right(extents, offset, key=lambda extent: extent.file_offset) - 1)
+    for at in range(first, len(extents)):
+        if extents[at].file_offset >= offset + length:
+            break
+        found.append(extents[at].chunk)
+    return found
 
 
 class AreaLayout(NamedTuple):
