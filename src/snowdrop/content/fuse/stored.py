@@ -19,7 +19,8 @@ import anyio.abc
 import anyio.lowlevel
 
 from snowdrop.content.descriptors import Descriptors
-from snowdrop.content.landing import Landing, translated
+from snowdrop.content.diskio import translated
+from snowdrop.content.landing import Landing
 from snowdrop.content.placement import stretch_chunks
 from snowdrop.domain.errors import IntegrityError, SnowdropError
 from snowdrop.domain.ids import Digest
