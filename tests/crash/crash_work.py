@@ -8,7 +8,7 @@ import mmap
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -168,29 +168,37 @@ class Work:
     models: list[Model]
     rng: random.Random
     boot: str = "first"
-    tier: DiskTier = field(init=False)
+    is_one_boot: bool = False
+    tier: DiskTier | None = None
 
-    def __post_init__(self) -> None:
-        self.areas = [SmallArea(model) for model in self.models]
+    def start(self) -> None:
         self.restart(self.boot)
 
     def restart(self, boot: str) -> None:
-        if hasattr(self, "tier"):
-            self.tier.close()
+        self.stop()
         self.areas = [SmallArea(model) for model in self.models]
-        self.boot = boot
-        self.tier = DiskTier(self.io.root, 1 << 30, self.io, boot_id=boot)
+        self.boot = self.boot if self.is_one_boot else boot
+        self.tier = DiskTier(self.io.root, 1 << 30, self.io, boot_id=self.boot)
         try:
             self.tier.open()
         except (StorageFullError, UnavailableError):
             # The process ends, and is started once more.
-            self.tier.close()
             self.restart(boot)
+
+    def stop(self) -> None:
+        """Gives back descriptors and the lock, as the end of a process does."""
+        if self.tier is not None:
+            self.tier.close()
+
+    @property
+    def disk(self) -> DiskTier:
+        assert self.tier is not None
+        return self.tier
 
     def landing(self, index: int) -> Landing:
         model = self.models[index]
-        self.tier.reserve(model.digest, model.manifest, set())
-        return self.tier.open_landing(model.digest, model.manifest)
+        self.disk.reserve(model.digest, model.manifest, set())
+        return self.disk.open_landing(model.digest, model.manifest)
 
     def tried(self, step: Callable[[], object]) -> None:
         with suppress(StorageFullError, UnavailableError):
@@ -228,7 +236,7 @@ class Work:
     def copy_from_siblings(self, index: int) -> None:
         landing, model = self.landing(index), self.models[index]
         for chunk, ref in enumerate(model.manifest.chunks):
-            found = self.tier.find_chunk(PUBLIC_DOMAIN, ref.digest)
+            found = self.disk.find_chunk(PUBLIC_DOMAIN, ref.digest)
             if found is not None and found[0] is not landing:
                 data = memoryview(bytearray(ref.plain_bytes))
                 found[0].read(found[1], 1, data)
@@ -258,7 +266,7 @@ class Work:
 
     def evict(self, index: int) -> None:
         self.areas[index] = SmallArea(self.models[index])
-        self.tried(lambda: self.tier.evict(self.models[index].digest))
+        self.tried(lambda: self.disk.evict(self.models[index].digest))
 
 
 def bring_held(landing: Landing, model: Model, rng: random.Random | None = None) -> int:

@@ -68,8 +68,9 @@ def record(root: Path, name: str, fault: str, seed: int) -> Recording:
     def run(io: FaultyIo) -> None:
         io.root.mkdir()
         work = Work(io, models, random.Random(f"{name} {seed}"))
+        work.start()
         WORKLOADS[name](work)
-        work.tier.close()
+        work.stop()
 
     io = FaultyIo(root / "clean")
     run(io)

@@ -187,6 +187,7 @@ class Landing:
                 with self._lock:
                     self._dirty.add(block.file)
                     done = behind.wrote(block, area) if failures == self._sync_failures else []
+                    done = [chunk for chunk in done if not self._verified[chunk]]
                 self._settle_written([chunk for chunk in done if self._write_small(chunk, area)], failures)
         return written
 
@@ -288,7 +289,8 @@ class Landing:
         if small and at is None:
             return False
         for place in small:
-            done = 0
+            # What is in the tree is right, and is not to look as if it had been changed.
+            done = place.length if self._tree.is_complete[place.file] else 0
             while at is not None and done < place.length:
                 begin = at + place.chunk_offset + done
                 length = area.stretch(begin, place.length - done)
