@@ -20,7 +20,7 @@ from typing import NamedTuple
 from snowdrop.content.descriptors import Descriptors
 from snowdrop.content.diskio import DiskIo, translated
 from snowdrop.content.events import ContentEvent, EventKind, EventLog, SeenBy
-from snowdrop.content.keys import PUBLIC_KEYRING, Keyring
+from snowdrop.content.keys import PUBLIC_KEYRING, Hasher, HasherSource
 from snowdrop.content.landing import Landing
 from snowdrop.content.manifest import decode_manifest, manifest_digest
 from snowdrop.domain.errors import ConflictError, SnowdropError, StorageFullError
@@ -68,7 +68,7 @@ class DiskTier:
         io: DiskIo | None = None,
         *,
         boot_id: str | None = None,
-        keyring: Keyring = PUBLIC_KEYRING,
+        keyring: HasherSource = PUBLIC_KEYRING,
     ) -> None:
         self.events = EventLog(directory / "events.jsonl")
         self._directory = directory
@@ -116,15 +116,16 @@ class DiskTier:
     def used_bytes(self) -> int:
         return sum(kept.size for kept in self._kept.values())
 
-    def cached_manifest(self, digest: Digest) -> Manifest | None:
+    def cached_manifest(self, digest: Digest, hasher: Hasher | None = None) -> Manifest | None:
         """The manifest as an earlier fetch left it; None if there is none or it is not what its digest says.
 
-        Of private content, None also if its key is not in the keyring.
+        `hasher` is of the key domain that it must belong to; without one, that of its own domain is taken from the
+        keyring, and None is the answer also if its key is not there.
         """
         try:
             data = (self._path(digest) / "manifest").read_bytes()
-            manifest = decode_manifest(data, hasher=None)
-            hasher = self._keyring.hasher(manifest.key_domain)
+            manifest = decode_manifest(data, hasher=hasher)
+            hasher = hasher or self._keyring.hasher(manifest.key_domain)
         except (OSError, SnowdropError):
             # Whatever is wrong with the copy, the origin's is the one to judge.
             return None

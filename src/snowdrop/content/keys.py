@@ -16,6 +16,7 @@ import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 from blake3 import blake3
@@ -46,6 +47,13 @@ class Hasher:
 
 
 PUBLIC_HASHER = Hasher(PUBLIC_DOMAIN, None)
+
+
+class HasherSource(Protocol):
+    """Whatever has the keys of some key domains."""
+
+    def hasher(self, domain: str) -> Hasher:
+        """Raises NotFoundError if the domain's key is not here. May block."""
 
 
 class Keyring:

@@ -13,10 +13,9 @@ process reads and hashes a chunk before it believes it. A file with a missing or
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from errno import EIO, ENOENT
 from pathlib import Path
 
@@ -65,8 +64,8 @@ class Landing:
         self.manifest = manifest
         self._io = io
         self._notice = notice
-        self._unkept_manifest = encode_manifest(manifest)
-        self._map = ChunkMap(directory / "chunks.map", count, blake3(self._unkept_manifest).digest(), io)
+        encoded = encode_manifest(manifest)
+        self._map = ChunkMap(directory / "chunks.map", count, blake3(encoded).digest(), io)
         self._places = file_places(manifest)
         self._chunks_of = [frozenset(extent.chunk for extent in entry.extents) for entry in manifest.files]
         self._durable = bytearray(count)
@@ -76,7 +75,9 @@ class Landing:
         self._left = [len(chunks) for chunks in self._chunks_of]
         self._is_closed = False
         self._lock = threading.RLock()
-        self._tree = LandingTree(directory, manifest, self._lock, io, boot_id or current_boot_id())
+        self._tree = LandingTree(
+            directory, manifest, encoded=encoded, lock=self._lock, io=io, boot_id=boot_id or current_boot_id()
+        )
         self._files = LandingFiles(manifest, self._present_path, self._lock, io, descriptors or Descriptors())
         self._sync_lock = threading.Lock()
         self._behind_lock = threading.Lock()
@@ -89,7 +90,6 @@ class Landing:
         """Makes the directories and files, or takes over what an earlier process left."""
         with self._translated(), self._lock:
             self._durable = self._map.read()
-            self._find_manifest()
             self._tree.open()
             for index in range(len(self.manifest.files)):
                 self._take_over(index)
@@ -194,7 +194,7 @@ class Landing:
     def sync(self) -> None:
         """Makes what was written durable, and only then claims it."""
         with self._translated(), self._sync_lock:
-            self._keep_manifest()
+            self._tree.keep_manifest()
             with self._lock:
                 claimed = [chunk for chunk, written in enumerate(self._written) if written]
                 dirty = sorted(self._dirty)
@@ -344,25 +344,6 @@ class Landing:
         if self._is_closed:
             raise OSError(ENOENT, "the artefact was dropped from this node")
         return self._tree.path(index)
-
-    def _find_manifest(self) -> None:
-        with suppress(FileNotFoundError):
-            if (self.directory / "manifest").read_bytes() == self._unkept_manifest:
-                self._unkept_manifest = b""
-
-    def _keep_manifest(self) -> None:
-        if not self._unkept_manifest:
-            return
-        temporary = self.directory / "manifest.tmp"
-        self._io.create(temporary, len(self._unkept_manifest), 0o600)
-        fd = self._io.open(temporary, os.O_WRONLY)
-        try:
-            self._io.write(fd, memoryview(self._unkept_manifest), 0)
-            self._io.sync_data(fd)
-        finally:
-            os.close(fd)
-        self._io.replace(temporary, self.directory / "manifest")
-        self._unkept_manifest = b""
 
     def _sync_file(self, index: int) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
@@ -16,16 +17,27 @@ MODE_MASK = 0o755
 
 
 class LandingTree:
-    """`lock` is that of the landing: whoever calls holds it, but for `sync_directories`. Errors are OSError."""
+    """`lock` is that of the landing: whoever calls holds it, but for `keep_manifest` and `sync_directories`.
+
+    Errors are OSError.
+    """
 
     def __init__(
-        self, directory: Path, manifest: Manifest, lock: threading.RLock, io: DiskIo, boot_id: str
+        self,
+        directory: Path,
+        manifest: Manifest,
+        *,
+        encoded: bytes,
+        lock: threading.RLock,
+        io: DiskIo,
+        boot_id: str,
     ) -> None:
         self.tree = directory / "tree"
         self.is_complete = [False] * len(manifest.files)
         self._directory = directory
         self._partial = directory / "partial"
         self._manifest = manifest
+        self._unkept_manifest = encoded
         self._lock = lock
         self._io = io
         self._boot_id = boot_id
@@ -46,6 +58,9 @@ class LandingTree:
             if not path.is_dir():
                 self._io.make_directory(path)
                 self._unsynced.add(path.parent)
+        with suppress(FileNotFoundError):
+            if (self._directory / "manifest").read_bytes() == self._unkept_manifest:
+                self._unkept_manifest = b""
         self._proven = read_proof(self._directory / "proof", self._boot_id)
 
     def take_over(self, index: int, *, is_durable: bool) -> int:
@@ -83,6 +98,22 @@ class LandingTree:
         self._move(self.path(index), self._partial / path)
         self.is_complete[index] = False
         self._proven.pop(path, None)
+
+    def keep_manifest(self) -> None:
+        """Makes sure of the manifest beside the files; durable with the directories."""
+        if not self._unkept_manifest:
+            return
+        temporary = self._directory / "manifest.tmp"
+        self._io.create(temporary, len(self._unkept_manifest), 0o600)
+        fd = self._io.open(temporary, os.O_WRONLY)
+        try:
+            self._io.write(fd, memoryview(self._unkept_manifest), 0)
+            self._io.sync_data(fd)
+        finally:
+            os.close(fd)
+        with self._lock:
+            self._move(temporary, self._directory / "manifest")
+        self._unkept_manifest = b""
 
     def sync_directories(self) -> None:
         """Makes names durable: those of files and directories that were made or moved since the last call."""

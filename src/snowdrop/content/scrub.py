@@ -19,7 +19,7 @@ import anyio.to_thread
 import msgspec
 
 from snowdrop.content.disk import DiskTier
-from snowdrop.content.keys import Hasher, Keyring
+from snowdrop.content.keys import Hasher, HasherSource
 from snowdrop.content.landing import Landing
 from snowdrop.domain.errors import NotFoundError, SnowdropError
 from snowdrop.domain.ids import Digest
@@ -80,7 +80,7 @@ class Scrubber:
     def __init__(
         self,
         disk: DiskTier,
-        keyring: Keyring,
+        keyring: HasherSource,
         mend: Mend,
         *,
         bytes_per_s: int,
@@ -124,7 +124,7 @@ class Scrubber:
         landing = await self._in_thread(self._disk.known_landing, digest)
         if landing is None:
             raise NotFoundError("the artefact is not on this node's disk", where=digest)
-        hasher = self._keyring.hasher(landing.manifest.key_domain)
+        hasher = await self._in_thread(self._keyring.hasher, landing.manifest.key_domain)
         bad: list[int] = []
         read_bytes = 0
         chunks = await self._in_thread(landing.held_chunks)

@@ -1,0 +1,117 @@
+import secrets
+from pathlib import Path
+
+import pytest
+
+from content_helpers import push, write_model
+from snowdrop.content.disk import DiskTier
+from snowdrop.content.keys import PUBLIC_KEYRING, Keyring, key_domain
+from snowdrop.content.layout import PUBLIC_DOMAIN, manifest_key
+from snowdrop.content.manifest import decode_manifest
+from snowdrop.content.origin import MemoryOrigin
+from snowdrop.content.source import PackSource
+from snowdrop.domain.ids import Digest
+from snowdrop.domain.manifest import Manifest
+
+
+def landed(disk: DiskTier, origin: MemoryOrigin, source: Path) -> tuple[Digest, Manifest]:
+    """Pushes a directory and brings it to the disk."""
+    digest = push(source, origin).artefact.manifest
+    manifest = decode_manifest(origin.objects[manifest_key(PUBLIC_DOMAIN, digest)])
+    disk.reserve(digest, manifest, set())
+    landing = disk.open_landing(digest, manifest)
+    packs = PackSource(origin, manifest)
+    for chunk, ref in enumerate(manifest.chunks):
+        data = memoryview(bytearray(ref.plain_bytes))
+        packs.read(chunk, 1, data)
+        landing.write(chunk, data)
+    landing.sync()
+    return digest, manifest
+
+
+def opened(path: Path, boot_id: str = "a boot") -> DiskTier:
+    disk = DiskTier(path, 1 << 30, boot_id=boot_id)
+    disk.open()
+    return disk
+
+
+@pytest.fixture
+def origin() -> MemoryOrigin:
+    return MemoryOrigin()
+
+
+def test_a_landing_is_one_object_until_it_is_evicted(tmp_path: Path, origin: MemoryOrigin) -> None:
+    disk = opened(tmp_path / "cache")
+    digest, manifest = landed(disk, origin, write_model(tmp_path / "m"))
+    first = disk.open_landing(digest, manifest)
+    assert disk.open_landing(digest, manifest) is first
+    assert disk.landings() == {digest: first}
+    disk.evict(digest)
+    assert disk.landings() == {}
+    assert disk.open_landing(digest, manifest) is not first
+    disk.close()
+
+
+def test_a_chunk_is_found_wherever_it_lies_also_after_a_restart(tmp_path: Path, origin: MemoryOrigin) -> None:
+    disk = opened(tmp_path / "cache")
+    digest, manifest = landed(disk, origin, write_model(tmp_path / "m"))
+    for boot in ("a boot", "another"):
+        for ref in manifest.chunks:
+            found = disk.find_chunk(PUBLIC_DOMAIN, ref.digest)
+            assert found is not None
+            landing, chunk = found
+            assert landing.manifest.chunks[chunk].digest == ref.digest
+            assert landing.holds(chunk)
+        disk.close()
+        disk = opened(tmp_path / "cache", boot)
+    assert disk.find_chunk(PUBLIC_DOMAIN, "0" * 64) is None
+    disk.evict(digest)
+    assert disk.find_chunk(PUBLIC_DOMAIN, manifest.chunks[0].digest) is None
+    disk.close()
+
+
+def test_a_chunk_that_is_not_there_yet_or_no_longer_right_is_not_found(
+    tmp_path: Path, origin: MemoryOrigin
+) -> None:
+    disk = opened(tmp_path / "cache")
+    digest, manifest = landed(disk, origin, write_model(tmp_path / "m"))
+    disk.open_landing(digest, manifest).quarantine(0)
+    assert disk.find_chunk(PUBLIC_DOMAIN, manifest.chunks[0].digest) is None
+    assert disk.find_chunk(PUBLIC_DOMAIN, manifest.chunks[1].digest) is not None
+    disk.close()
+
+
+def test_domains_never_mix(tmp_path: Path, origin: MemoryOrigin) -> None:
+    """The id of public content finds nothing in a private domain, nor the other way round."""
+    disk = opened(tmp_path / "cache")
+    _, manifest = landed(disk, origin, write_model(tmp_path / "m"))
+    private = key_domain(secrets.token_bytes(32))
+    assert disk.find_chunk(PUBLIC_DOMAIN, manifest.chunks[0].digest) is not None
+    assert disk.find_chunk(private, manifest.chunks[0].digest) is None
+    disk.close()
+
+
+def test_a_kept_manifest_of_another_key_is_not_taken(tmp_path: Path, origin: MemoryOrigin) -> None:
+    disk = opened(tmp_path / "cache")
+    digest, manifest = landed(disk, origin, write_model(tmp_path / "m"))
+    key = secrets.token_bytes(32)
+    other = Keyring({key_domain(key): key}).hasher(key_domain(key))
+    assert disk.cached_manifest(digest) == manifest
+    assert disk.cached_manifest(digest, PUBLIC_KEYRING.hasher(PUBLIC_DOMAIN)) == manifest
+    assert disk.cached_manifest(digest, other) is None
+    path = tmp_path / "cache/artefacts" / digest.removeprefix("blake3:") / "manifest"
+    path.write_bytes(path.read_bytes().replace(b"config", b"donfig"))
+    assert disk.cached_manifest(digest) is None
+    disk.close()
+
+
+def test_a_wrong_kept_manifest_is_replaced_when_the_artefact_is_used(tmp_path: Path, origin: MemoryOrigin) -> None:
+    disk = opened(tmp_path / "cache")
+    digest, manifest = landed(disk, origin, write_model(tmp_path / "m"))
+    disk.close()
+    path = tmp_path / "cache/artefacts" / digest.removeprefix("blake3:") / "manifest"
+    path.write_bytes(b"junk")
+    disk = opened(tmp_path / "cache")
+    disk.open_landing(digest, manifest).sync()
+    assert disk.cached_manifest(digest) == manifest
+    disk.close()
