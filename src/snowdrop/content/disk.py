@@ -70,7 +70,7 @@ class DiskTier:
         boot_id: str | None = None,
         keyring: HasherSource = PUBLIC_KEYRING,
     ) -> None:
-        self.events = EventLog(directory / "events.jsonl")
+        self.events = EventLog(directory / "events.jsonl", io)
         self._directory = directory
         self._artefacts = directory / "artefacts"
         self._trash = directory / "trash"

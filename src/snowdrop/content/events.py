@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter, deque
 from contextlib import suppress
@@ -10,8 +11,10 @@ from typing import Literal
 
 import msgspec
 
+from snowdrop.content.diskio import DiskIo
+
 EVENTS_MAX = 512
-"""Kept in memory; the file holds at most twice as many."""
+"""Kept, the newest ones."""
 
 EventKind = Literal["quarantined", "replaced"]
 SeenBy = Literal["load", "scrub"]
@@ -39,11 +42,11 @@ class EventLog:
     Losing events is not an error: a disk that cannot take them is not to stop a load.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, io: DiskIo | None = None) -> None:
         self._path = path
+        self._io = io or DiskIo()
         self._events: deque[ContentEvent] = deque(maxlen=EVENTS_MAX)
         self._counts: Counter[str] = Counter()
-        self._lines = 0
         self._lock = threading.Lock()
 
     def open(self) -> None:
@@ -52,7 +55,6 @@ class EventLog:
             return
         with self._lock, suppress(OSError):
             for line in self._path.read_bytes().splitlines():
-                self._lines += 1
                 with suppress(msgspec.DecodeError, UnicodeDecodeError):
                     self._count(msgspec.json.decode(line, type=ContentEvent))
 
@@ -73,19 +75,20 @@ class EventLog:
             if self._path is None:
                 return
             with suppress(OSError):
-                if self._lines >= 2 * EVENTS_MAX:
-                    self._rewrite(self._path)
-                    return
-                with self._path.open("ab") as stream:
-                    stream.write(msgspec.json.encode(event) + b"\n")
-                self._lines += 1
+                self._store(self._path)
 
     def _count(self, event: ContentEvent) -> None:
         self._events.append(event)
         self._counts[event.kind] += 1
 
-    def _rewrite(self, path: Path) -> None:
+    def _store(self, path: Path) -> None:
+        # Anew each time: events are rare, and a file that is replaced is never half of one and half of another.
+        data = b"".join(msgspec.json.encode(event) + b"\n" for event in self._events)
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(msgspec.json.encode(event) + b"\n" for event in self._events))
-        temporary.replace(path)
-        self._lines = len(self._events)
+        self._io.create(temporary, 0, 0o600)
+        fd = self._io.open(temporary, os.O_WRONLY)
+        try:
+            self._io.write(fd, memoryview(data), 0)
+        finally:
+            os.close(fd)
+        self._io.replace(temporary, path)
