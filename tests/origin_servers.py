@@ -141,6 +141,8 @@ class Fault:
     after: int | None = None
     end: str = ""
     """After `after` bytes: "stall", "reset" or "close"."""
+    gate: threading.Event | None = None
+    """After `after` bytes the rest comes once this is set."""
     flip: bool = False
     shift: int = 0
     """Of Content-Range, against what is sent."""
@@ -268,6 +270,10 @@ class FaultyServer:
             return True
         writer.write(piece if fault.after is None else piece[: fault.after])
         await writer.drain()
+        if fault.gate is not None:
+            while not fault.gate.is_set():
+                await asyncio.sleep(0.005)
+            writer.write(piece[fault.after :])
         if fault.end == "stall":
             await asyncio.sleep(3_600)
         if fault.end == "reset":

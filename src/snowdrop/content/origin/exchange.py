@@ -91,6 +91,7 @@ class Exchange:
         self._skip = 0
         self._expected = len(into)
         self._keep = False
+        self._refused = False
 
     @property
     def connected(self) -> bool:
@@ -108,7 +109,8 @@ class Exchange:
 
     @property
     def reusable(self) -> bool:
-        return self.complete and self._keep
+        """Whether the answer was read to its end, so that the connection can carry another one."""
+        return self._keep and (self.complete or self._refused)
 
     @property
     def events(self) -> int:
@@ -203,7 +205,7 @@ class Exchange:
             self._head = bytearray(surplus)
             return
         if "transfer-encoding" in response.headers:
-            raise UnusableError("the answer is in chunks of unknown number")
+            raise UnusableError("the answer is chunked")
         if response.headers.get("content-encoding", "identity").lower() not in {"identity", ""}:
             raise UnusableError("the answer is compressed")
         length = response.content_length
@@ -247,13 +249,15 @@ class Exchange:
         # Without a length it may end only with the connection: what came together with the head is enough then.
         limit = 0 if announced is None else min(announced, ERROR_BODY_BYTES_MAX)
         scratch = memoryview(bytearray(ERROR_BODY_BYTES_MAX))
-        while len(self._head) < limit and response.status >= 400:
+        while len(self._head) < limit:
             came = self.connection.receive_now(scratch[: limit - len(self._head)])
             if came is None:
                 return
             if came == 0:
                 break
             self._head += scratch[:came]
+        self._refused = True
+        self._keep = response.keeps_alive and len(self._head) == announced
         raise self._refusal(response)
 
     def _refusal(self, response: ResponseHead) -> Exception:

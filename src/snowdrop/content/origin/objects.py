@@ -110,7 +110,13 @@ class ObjectStoreOrigin:
             return
         try:
             self._reader.read(key, offset, into)
-        except UnusableError:
+        except UnusableError as error:
+            if not self._opened.signs:
+                raise OriginRefusedError(
+                    f"the origin's answers cannot be read: {error}",
+                    where=place(self._url, key),
+                    next_step="use a server that answers ranges uncompressed and with their length",
+                ) from error
             self._read_through_copy(key, offset, into)
         except OriginRefusedError as error:
             # Some servers refuse a range that goes beyond the end instead of giving what there is.

@@ -91,7 +91,7 @@ class Race:
                 look_s = self._consider(now_s)
         finally:
             for lane in self._lanes:
-                lane.exchange.connection.close()
+                self._leave(lane.exchange)
 
     def _enter(self, base: int, scratch: memoryview | None, *, fresh: bool = False) -> None:
         try:
@@ -140,7 +140,7 @@ class Race:
     def _lost(self, lane: _Lane, error: FailedError) -> None:
         """Drops a lane that failed; raises if no other one goes on."""
         self._lanes.remove(lane)
-        lane.exchange.connection.close()
+        self._leave(lane.exchange)
         if lane.scratch is None:
             self.moved = max(self.moved, lane.exchange.done)
         if error.kind == "reset" and not lane.exchange.connection.fresh and not lane.exchange.answered:
@@ -189,6 +189,9 @@ class Race:
             self._record.sample(exchange.first_byte_s - exchange.started_s, body_s, exchange.done)
         if exchange.ignored_range:
             self._record.count(ignored_ranges=1)
+
+    def _leave(self, exchange: Exchange) -> None:
         if exchange.reusable:
-            self._lanes.remove(won)
             self._pool.give_back(exchange.connection)
+        else:
+            exchange.connection.close()
