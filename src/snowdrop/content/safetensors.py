@@ -14,7 +14,7 @@ from typing import cast
 import msgspec
 
 from snowdrop.domain.errors import CorruptContentError
-from snowdrop.domain.manifest import TensorEntry
+from snowdrop.domain.manifest import BRACKETS_MAX, COMMAS_MAX, TensorEntry
 
 HEADER_BYTES_MAX = 100_000_000
 """The limit of the safetensors library itself."""
@@ -110,6 +110,11 @@ def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _decode(raw: bytes, where: str) -> tuple[dict[str, object], dict[str, str]]:
+    # A manifest could not hold more, and without a bound a header would be decoded into twenty times its size.
+    brackets, commas = raw.count(b"[") + raw.count(b"{"), raw.count(b",")
+    if brackets > BRACKETS_MAX or commas > COMMAS_MAX:
+        limits = f"brackets_max={BRACKETS_MAX}, commas_max={COMMAS_MAX}"
+        raise _corrupt(f"header has {brackets} brackets and {commas} commas ({limits})", where)
     try:
         decoded: object = json.loads(raw.decode(), object_pairs_hook=_pairs)
     except _DuplicateKeyError as error:
