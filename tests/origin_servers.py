@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -175,6 +176,8 @@ class FaultyServer:
     asked: list[Asked] = field(default_factory=list)
     connections: int = 0
     url: str = ""
+    tls: ssl.SSLContext | None = None
+    put_status: int = 201
 
     @contextmanager
     def running(self) -> Iterator[FaultyServer]:
@@ -196,8 +199,9 @@ class FaultyServer:
                     tasks.discard(task)
                     writer.transport.abort()
 
-            server = await asyncio.start_server(serve, "127.0.0.1", 0)
-            self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=self.tls)
+            scheme = "https" if self.tls else "http"
+            self.url = f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
             started.set()
             await stop.wait()
             server.close()
@@ -221,6 +225,11 @@ class FaultyServer:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             method, path, _ = head.split("\r\n")[0].split(" ")
             key = unquote(path.partition("?")[0]).strip("/")
+            if method == "PUT":
+                length = re.search(r"(?im)^content-length: (\d+)", head)
+                await reader.readexactly(int(length[1]) if length else 0)
+                writer.write(f"HTTP/1.1 {self.put_status} X\r\nContent-Length: 0\r\n\r\n".encode())
+                continue
             body = self.objects.get(key)
             if body is None:
                 writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")

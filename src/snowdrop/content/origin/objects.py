@@ -58,13 +58,12 @@ class ObjectStoreOrigin:
         rng: random.Random | None = None,
     ) -> None:
         self._url = url.rstrip("/")
+        context = _context(options)
         opened = open_store(url, options)
         self._opened = opened
         self._store = opened.store
         urls = SignedUrls(opened) if opened.signs else PlainUrls(opened, self._url)
-        self._reader = RangeReader(
-            urls, self._url, _context(options), limits=limits, steer=steer, pause=pause, rng=rng
-        )
+        self._reader = RangeReader(urls, self._url, context, limits=limits, steer=steer, pause=pause, rng=rng)
 
     @property
     def counts(self) -> ReadCounts:

@@ -196,8 +196,8 @@ def _netrc(path: Path, host: str) -> str:
         found = netrc.netrc(str(path)).authenticators(host)
     except netrc.NetrcParseError as error:
         raise _invalid("origin_credentials_file", f"{path} is no netrc: {error.msg}", "see netrc(5)") from error
-    if found is None:
-        raise _invalid("origin_credentials_file", f"{path} has nothing for {host}", "add a line `machine`")
+    if found is None or not found[2]:
+        raise _invalid("origin_credentials_file", f"{path} has no password for {host}", "add a line `machine`")
     return "Basic " + base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode()
 
 
