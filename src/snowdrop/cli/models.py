@@ -1,4 +1,4 @@
-"""`model push|ls|show|rm`."""
+"""`model push|ls|show|rm|keys`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from snowdrop.cli import content_keys
 from snowdrop.cli.output import (
     Context,
     console,
@@ -44,6 +45,7 @@ from snowdrop.domain.manifest import Manifest
 from snowdrop.wire.api import Info
 
 app = typer.Typer(no_args_is_help=True, help="Models: push, list, show, remove.")
+app.add_typer(content_keys.app, name="keys")
 
 
 SourceArgument = Annotated[

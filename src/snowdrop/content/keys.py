@@ -127,10 +127,16 @@ def tenant_key(folder: Path, tenant: TenantId) -> bytes:
     return _read(path)[-1]
 
 
+def tenant_keys(folder: Path, tenant: TenantId) -> tuple[bytes, ...]:
+    """All keys of `tenant`, the one for new content last; none if it has no private content."""
+    path = _path(folder, tenant)
+    return _read(path) if path.exists() else ()
+
+
 def rotate_key(folder: Path, tenant: TenantId) -> bytes:
     """A new key for new content of `tenant`. What was pushed under earlier keys stays readable."""
     path = _path(folder, tenant)
-    _write(path, _read(path) if path.exists() else (), is_new=False)
+    _write(path, tenant_keys(folder, tenant), is_new=False)
     return _read(path)[-1]
 
 
