@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
 
+from snowdrop.content.area import Area
 from snowdrop.content.codec import decode
 from snowdrop.content.diskio import DiskIo
 from snowdrop.content.ingest import PushResult, push_directory
@@ -15,9 +17,14 @@ from snowdrop.content.keys import PUBLIC_HASHER, Hasher
 from snowdrop.content.layout import manifest_key, pack_key
 from snowdrop.content.manifest import decode_manifest
 from snowdrop.content.origin import MemoryOrigin, Origin
+from snowdrop.content.placement import area_layout
+from snowdrop.content.progress import FillState
 from snowdrop.content.settings import DataPlaneSettings
+from snowdrop.content.slabs import SlabPool
 from snowdrop.domain.ids import DEFAULT_TENANT
-from snowdrop.domain.manifest import ArtefactRef, Extent
+from snowdrop.domain.manifest import ArtefactRef, Extent, Manifest
+from snowdrop.wire.packet import packet_pair
+from snowdrop.wire.replica import ModelHandle, SlabHandle
 
 
 def safetensors_bytes(tensors: Mapping[str, tuple[str, list[int], bytes]]) -> bytes:
@@ -90,7 +97,14 @@ def files_of(root: Path) -> dict[str, bytes]:
 
 
 def settings_for(cache: Path, *, origin_url: str = "file:///unused", **changes: int) -> DataPlaneSettings:
-    limits = {"ram_bytes_max": 64 << 20, "disk_bytes_max": 64 << 20, "fetch_threads": 4} | changes
+    """Slabs are small: a model of the tests takes several."""
+    limits = {
+        "ram_bytes_max": 64 << 20,
+        "disk_bytes_max": 64 << 20,
+        "fetch_threads": 4,
+        "slab_bytes": 2 << 20,
+        "big_slab_bytes": 4 << 20,
+    } | changes
     return DataPlaneSettings(origin_url=origin_url, cache_directory=str(cache), **limits)
 
 
@@ -133,3 +147,48 @@ class FullDisk(DiskIo):
             if self.free_bytes < 0:
                 raise OSError(errno.ENOSPC, "No space left on device")
         super().write(fd, view, offset)
+
+
+def small_pool() -> SlabPool:
+    """Slabs of 2 and 4 MiB, so that a small model takes several of both sizes."""
+    return SlabPool(big_bytes=4 << 20, small_bytes=2 << 20)
+
+
+def filled_area(manifest: Manifest, source: Path, pool: SlabPool | None = None) -> Area:
+    """The area of a model whose files are in `source`, all of it there."""
+    area = Area(manifest, area_layout(manifest), pool or small_pool())
+    for file in area.layout.files:
+        area.window(file.offset, file.size)[:] = (source / file.path).read_bytes()
+    for chunk in area.layout.places:
+        area.mark(chunk)
+    if area.slabs:
+        area.set_state(FillState.COMPLETE)
+    return area
+
+
+class HandedOver:
+    """An area as a replica is handed it: `handle` with `fds`, and `wake`, the data plane's end of the socket."""
+
+    def __init__(self, area: Area, directory: Path, *, name: str = "m", lazy: bool = False) -> None:
+        self.wake, theirs = packet_pair()
+        slabs = tuple(SlabHandle(index, slab.size) for index, slab in enumerate(area.slabs))
+        fds = [slab.fd for slab in area.slabs] + [area.progress.fileno(), theirs.fileno()]
+        self.fds = tuple(os.dup(fd) for fd in fds)
+        theirs.close()
+        self.handle = ModelHandle(
+            name=name,
+            param=name,
+            directory=str(directory),
+            area_bytes=area.layout.size,
+            area_files=area.layout.files,
+            slabs=slabs,
+            progress_fd=len(slabs),
+            wake_fd=len(slabs) + 1,
+            lazy=lazy,
+        )
+
+    def close(self) -> None:
+        """Of this side; a model made from it keeps its own."""
+        self.wake.close()
+        for fd in self.fds:
+            os.close(fd)

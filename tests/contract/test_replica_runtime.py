@@ -58,7 +58,7 @@ SPEC = ServiceSpec(
     endpoints=tuple(EndpointSpec(path=f"/{name}", method_name=name) for name in ("hello", "hold", "fail")),
 )
 ENV = {"GREETING": "hello "}
-MODEL = ModelHandle(name="m", param="model", directory="/nowhere", area_fd=-1, area_bytes=0, area_files=())
+MODEL = ModelHandle(name="m", param="model", directory="/nowhere")
 
 
 async def test_a_life_from_boot_to_drained(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from content_helpers import noise, push, safetensors_bytes
+from content_helpers import noise, push, safetensors_bytes, small_pool
 from snowdrop.content.area import Area
 from snowdrop.content.diskio import DiskIo
 from snowdrop.content.landing import Landing
@@ -117,7 +117,7 @@ class TestLanding(SourceContract):
 class TestArea(SourceContract):
     @pytest.fixture
     def source(self, packs: PackSource, manifest: Manifest) -> Iterator[ChunkSource]:
-        area = Area(manifest, area_layout(manifest))
+        area = Area(manifest, area_layout(manifest), small_pool())
         for chunk, data in chunks_of(manifest, packs).items():
             area.scatter(chunk, memoryview(data))
             area.mark(chunk)

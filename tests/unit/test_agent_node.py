@@ -176,7 +176,7 @@ class TestOrders:
             await bench.start("rep-4")
             for replica in (good, bench.launcher.replicas["rep-4"]):
                 replica.end(0)
-        assert sorted(bench.plane.released) == ["rep-1", "rep-2", "rep-3", "rep-4"]
+        assert sorted(bench.plane.released) == ["rep-1", "rep-2", "rep-4"], "rep-3 may still map its model"
 
 
 class TestStop:

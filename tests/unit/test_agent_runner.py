@@ -73,6 +73,7 @@ class TestLife:
         assert replica.kills == 0
 
     async def test_the_report_has_what_the_start_cost(self, bench: Bench) -> None:
+        bench.plane.filled_content = ContentBytes(ram=1000)
         async with bench.living() as runner:
             replica = await bench.launcher.launched()
             await replica.boot()
@@ -84,7 +85,7 @@ class TestLife:
             runner.drain("enough", 1.0)
             await replica.hear()
             replica.end()
-        assert ready.content == ContentBytes(disk=100, origin=10)
+        assert ready.content == ContentBytes(ram=1000, disk=100, origin=10)
         assert [span.name for span in ready.spans if not span.parent] == ["mount", "start", "import", "startup"]
         assert {(s.name, s.note) for s in ready.spans if s.parent == "mount"} == {
             ("fetch", "code"),
@@ -99,7 +100,10 @@ class TestLife:
             assert (boot.key, boot.env, boot.code_directory) == (runner.order.key, {"A": "b"}, CODE_TARGET)
             (model,) = boot.models
             assert (model.name, model.directory, model.area_bytes) == ("minilm", f"{MODELS_TARGET}/minilm", 4096)
-            assert open_fds()[replica.fds[model.area_fd]].startswith("/memfd:area")
+            given = open_fds()
+            assert given[replica.fds[model.slabs[0].fd]].startswith("/memfd:area")
+            assert given[replica.fds[model.progress_fd]].startswith("/memfd:progress")
+            assert given[replica.fds[model.wake_fd]].startswith("/memfd:wake")
             targets = [mount.target for mount in replica.spec.mounts]
             assert targets == [CODE_TARGET, f"{MODELS_TARGET}/minilm"]
             with socket.socket(fileno=os.dup(replica.fds[0])) as listener, socket.socket(socket.AF_UNIX) as client:

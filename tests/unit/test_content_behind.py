@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from content_helpers import noise, push, safetensors_bytes
+from content_helpers import noise, push, safetensors_bytes, small_pool
 from snowdrop.content.area import Area
 from snowdrop.content.behind import BLOCK_BYTES_MAX, plan_blocks
 from snowdrop.content.diskio import DiskIo
@@ -67,7 +67,7 @@ class Model:
         self.manifest: Manifest = decode_manifest(origin.objects[manifest_key(PUBLIC_DOMAIN, digest)])
         self.right = {path.name: path.read_bytes() for path in source.iterdir()}
         self.packs = PackSource(origin, self.manifest)
-        self.area = Area(self.manifest, area_layout(self.manifest))
+        self.area = Area(self.manifest, area_layout(self.manifest), small_pool())
         self.directory = root / "landing"
         self.directory.mkdir()
         self.landing = self.reopened(io)

@@ -1,14 +1,17 @@
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import anyio
+import msgspec
 import pytest
 
 from content_helpers import CountingOrigin, FullDisk, noise, push, safetensors_bytes, settings_for, write_model
 from snowdrop.content.disk import DiskTier
 from snowdrop.content.diskio import DiskIo
+from snowdrop.content.progress import ProgressReader
 from snowdrop.content.store import ContentStore, Landed, open_store
 from snowdrop.domain.errors import (
     ConflictError,
@@ -20,6 +23,7 @@ from snowdrop.domain.errors import (
 from snowdrop.domain.ids import DEFAULT_TENANT, Digest
 
 pytestmark = pytest.mark.anyio
+WAIT_S_MAX = 10.0
 
 
 @pytest.fixture
@@ -32,8 +36,18 @@ def origin() -> CountingOrigin:
     return CountingOrigin()
 
 
-async def ensure(store: ContentStore, digest: Digest, holder: str = "h", *, map_tensors: bool = True) -> Landed:
-    return await store.ensure(DEFAULT_TENANT, digest, holder, map_tensors=map_tensors)
+async def ensure(
+    store: ContentStore, digest: Digest, holder: str = "h", *, map_tensors: bool = True, lazy: bool = False
+) -> Landed:
+    """And waits until the area is filled; `content` and `spans` are of both."""
+    landed = await store.ensure(DEFAULT_TENANT, digest, holder, map_tensors=map_tensors, lazy=lazy)
+    if landed.wake is None:
+        return landed
+    landed.wake.close()
+    filled = await store.wait_filled(digest, holder)
+    return msgspec.structs.replace(
+        landed, content=landed.content + filled.content, spans=landed.spans + filled.spans
+    )
 
 
 def area_bytes(landed: Landed, path: str) -> bytes:
@@ -61,7 +75,7 @@ async def test_first_from_origin_then_from_ram_then_after_a_restart_from_disk(
         assert area_bytes(first, "model.safetensors") == weights
         assert (first.directory / "nested/vocab.txt").read_bytes() == (source / "nested/vocab.txt").read_bytes()
         assert first.content.origin == first.content.total == total
-        assert [span.name for span in first.spans] == ["manifest", "fetch"]
+        assert [span.name for span in first.spans] == ["manifest", "files", "fetch"]
         second = await ensure(store, digest, "other")
         assert second.area is first.area
         assert (second.content.ram, second.content.disk) == (len(weights), total - len(weights))
@@ -353,41 +367,190 @@ async def test_two_artefacts_that_share_chunks_are_both_right(tmp_path: Path, or
             assert_tree(landed, source)
 
 
-class Gate(CountingOrigin):
-    """Holds reads of packs until opened."""
+class Slow(CountingOrigin):
+    """Each read of a pack waits for a turn; all are let through once `turns` is None."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reads = 0
-        self.after_reads: Callable[[], None] = lambda: None
+        self.reads: list[int] = []
+        self.turns: threading.Semaphore | None = threading.Semaphore(0)
+        self.asked = threading.Semaphore(0)
 
     def read_range(self, key: str, offset: int, into: memoryview) -> None:
-        super().read_range(key, offset, into)
         if "/packs/" in key:
-            self.reads += 1
-            self.after_reads()
+            self.reads.append(len(into))
+            self.asked.release()
+            if self.turns is not None:
+                assert self.turns.acquire(timeout=WAIT_S_MAX)
+        super().read_range(key, offset, into)
+
+    async def was_asked(self) -> None:
+        assert await anyio.to_thread.run_sync(lambda: self.asked.acquire(timeout=WAIT_S_MAX))
+
+    def let_all(self) -> None:
+        turns, self.turns = self.turns, None
+        if turns is not None:
+            turns.release(100)
 
 
-async def test_a_cancelled_load_stops_reading_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    origin = Gate()
-    source = tmp_path / "m"
-    source.mkdir()
-    tensors = {f"t{index}": ("U8", [4 << 20], noise(4 << 20, index)) for index in range(10)}
-    (source / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+def write_parts(root: Path, count: int = 10) -> Path:
+    """One file of `count` tensors of 4 MiB: a chunk each, after that of the header."""
+    root.mkdir()
+    tensors = {f"t{index}": ("U8", [4 << 20], noise(4 << 20, index)) for index in range(count)}
+    (root / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+    return root
+
+
+async def test_a_released_holder_stops_the_reads_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    origin, source = Slow(), write_parts(tmp_path / "m")
     digest = push(source, origin).artefact.manifest
     settings = settings_for(tmp_path / "cache", fetch_threads=1)
     async with open_store(settings, origin=origin) as store:
-        with anyio.CancelScope() as scope:
-            origin.after_reads = lambda: anyio.from_thread.run_sync(scope.cancel)
-            await ensure(store, digest)
-        assert scope.cancelled_caught
-        assert origin.reads == 1
-        origin.after_reads = lambda: None
+        landed = await store.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
+        assert landed.wake is not None
+        await origin.was_asked()
+        store.release("h")
+        origin.let_all()
+        assert landed.wake.recv(1) in {b"", b"\0"}, "one run was under way and ended, or the reader is let go"
+        landed.wake.close()
+        await store.wait_quiet()
+        assert len(origin.reads) == 1
         brought = origin.pack_bytes_read
+        again = await ensure(store, digest)
+        assert again.area is landed.area
+        assert again.content.ram == brought
+        assert origin.pack_bytes_read == again.content.total
+        assert area_bytes(again, "model.safetensors") == (source / "model.safetensors").read_bytes()
+
+
+async def test_a_cancelled_ensure_leaves_nothing_pinned_and_reads_no_more(tmp_path: Path) -> None:
+    origin, source = Slow(), write_parts(tmp_path / "m")
+    (source / "config.json").write_bytes(noise(1 << 20, 99))
+    digest = push(source, origin).artefact.manifest
+    settings = settings_for(tmp_path / "cache", fetch_threads=1)
+    async with open_store(settings, origin=origin) as store:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ensure, store, digest)
+            await origin.was_asked()
+            tasks.cancel_scope.cancel()
+        origin.let_all()
+        await store.wait_quiet()
+        assert len(origin.reads) == 1
+        with pytest.raises(NotFoundError):
+            await store.wait_filled(digest, "h")
+        assert (await ensure(store, digest)).content.origin > 0
+
+
+async def test_an_answer_comes_before_the_bytes_and_a_reader_gets_what_it_asks_for_first(tmp_path: Path) -> None:
+    origin, source = Slow(), write_parts(tmp_path / "m")
+    digest = push(source, origin).artefact.manifest
+    settings = settings_for(tmp_path / "cache", fetch_threads=1)
+    weights = (source / "model.safetensors").read_bytes()
+    async with open_store(settings, origin=origin) as store:
+        landed = await store.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
+        assert landed.area is not None
+        assert landed.wake is not None
+        reader = ProgressReader(landed.area.progress.fileno(), landed.wake)
+        await origin.was_asked()
+        last = len(weights) - 100
+
+        def read_last() -> bytes:
+            reader.wait(last, 100, WAIT_S_MAX)
+            assert landed.area is not None
+            return bytes(landed.area.window(last, 100))
+
+        order = store._artefacts[digest].fill._order
+        wanted = len(store.manifest(digest).chunks) - 1
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(let_on_once, origin, lambda: order.is_wanted(wanted))
+            assert await anyio.to_thread.run_sync(read_last) == weights[-100:]
+        assert len(origin.reads) <= 3
+        assert not reader.is_filled(20 << 20, 1)
+        origin.let_all()
+        await anyio.to_thread.run_sync(reader.wait_all, WAIT_S_MAX)
+        reader.close()
+
+
+async def let_on_once(origin: Slow, is_heard: Callable[[], bool]) -> None:
+    """The read that is under way and the next, once the want has been heard."""
+    with anyio.fail_after(WAIT_S_MAX):
+        while not is_heard():
+            await anyio.sleep(0.001)
+    assert origin.turns is not None
+    origin.turns.release(2)
+
+
+async def test_a_lazy_load_reads_the_header_and_what_is_wanted(tmp_path: Path, origin: CountingOrigin) -> None:
+    source = write_parts(tmp_path / "m")
+    digest = push(source, origin).artefact.manifest
+    weights = (source / "model.safetensors").read_bytes()
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        landed = await store.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True, lazy=True)
+        assert landed.area is not None
+        assert landed.wake is not None
+        reader = ProgressReader(landed.area.progress.fileno(), landed.wake)
+        await anyio.to_thread.run_sync(reader.wait, 0, 8, WAIT_S_MAX)
+        await anyio.to_thread.run_sync(reader.wait, 13 << 20, 100, WAIT_S_MAX)
+        assert origin.pack_bytes_read < 9 << 20
+        assert bytes(landed.area.window(13 << 20, 100)) == weights[13 << 20 :][:100]
+        assert (await store.wait_filled(digest, "h")).content.origin == origin.pack_bytes_read
+        whole = await ensure(store, digest, "other")
+        assert area_bytes(whole, "model.safetensors") == weights
+        assert origin.pack_bytes_read == len(weights)
+        reader.close()
+
+
+async def test_readers_of_one_area_share_every_chunk(tmp_path: Path) -> None:
+    origin, source = Slow(), write_parts(tmp_path / "m")
+    digest = push(source, origin).artefact.manifest
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        async with anyio.create_task_group() as tasks:
+            for holder in ("a", "b", "c"):
+                tasks.start_soon(ensure, store, digest, holder)
+            await origin.was_asked()
+            origin.let_all()
+        assert origin.pack_bytes_read == sum(origin.reads) == (source / "model.safetensors").stat().st_size
+
+
+async def test_wrong_bytes_that_come_right_the_second_time_are_fetched_again(
+    tmp_path: Path, source: Path, origin: CountingOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = push(source, origin).artefact.manifest
+    damaged = iter([True, True])
+
+    def read_range(key: str, offset: int, into: memoryview) -> None:
+        CountingOrigin.read_range(origin, key, offset, into)
+        if "/packs/" in key and len(into) >= 4 << 20 and next(damaged, False):
+            into[len(into) // 2] ^= 1
+
+    monkeypatch.setattr(origin, "read_range", read_range)
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
         landed = await ensure(store, digest)
-        assert landed.content.ram == brought
-        assert origin.pack_bytes_read == landed.content.total
         assert area_bytes(landed, "model.safetensors") == (source / "model.safetensors").read_bytes()
+    assert next(damaged, None) is None
+
+
+async def test_a_stretch_of_a_file_is_brought_to_the_disk_or_past_it(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    digest = push(source, origin).artefact.manifest
+    weights = (source / "model.safetensors").read_bytes()
+    io = FullDisk(200_000)
+    disk = DiskTier(tmp_path / "cache", 64 << 20, io)
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin, disk=disk) as store:
+        with pytest.raises(NotFoundError):
+            await store.read_file(digest, 0, 0, 1)
+        landed = await store.ensure(DEFAULT_TENANT, digest, "h", map_tensors=False, lazy=True)
+        paths = [entry.path for entry in store.manifest(digest).files]
+        index = paths.index("model.safetensors")
+        assert await store.read_file(digest, index, 1 << 20, 1000) == weights[1 << 20 :][:1000]
+        io.free_bytes = 1 << 30
+        assert await store.read_file(digest, index, 4 << 20, 2000) is None
+        partial = landed.directory.parent / "partial/model.safetensors"
+        assert partial.read_bytes()[4 << 20 :][:2000] == weights[4 << 20 :][:2000]
+        for file, offset, length in ((99, 0, 1), (index, len(weights), 1), (index, -1, 1)):
+            with pytest.raises(NotFoundError):
+                await store.read_file(digest, file, offset, length)
 
 
 async def test_a_cache_directory_serves_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
-import mmap
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,17 +11,32 @@ from pathlib import Path
 import anyio
 import pytest
 
-from content_helpers import CountingOrigin, push, settings_for, write_model
-from snowdrop.agent.dataplane.client import DataPlane, start_process
+from content_helpers import CountingOrigin, noise, push, settings_for, write_model
+from snowdrop.agent.dataplane.client import DataPlane, EnsuredContent, start_process
 from snowdrop.agent.dataplane.server import serve_store
+from snowdrop.content.mapping import map_slabs
 from snowdrop.content.origin import DirectoryOrigin
+from snowdrop.content.progress import ProgressReader
 from snowdrop.content.store import ContentStore, open_store
-from snowdrop.domain.errors import NotFoundError, PlatformDownError, StorageFullError
+from snowdrop.domain.errors import IntegrityError, NotFoundError, PlatformDownError, StorageFullError
 from snowdrop.domain.ids import DEFAULT_TENANT, Digest
 from snowdrop.wire.packet import packet_pair
 
 pytestmark = pytest.mark.anyio
+WAIT_S_MAX = 10.0
 NOTHING = Digest("blake3:" + "0" * 64)
+
+
+class Mapped:
+    """What a replica makes of an answer."""
+
+    def __init__(self, got: EnsuredContent) -> None:
+        assert got.area is not None
+        self.files = got.area.files
+        self.view = map_slabs(got.area.slab_fds, got.area.slab_bytes)
+        wake = socket.socket(fileno=os.dup(got.area.wake_fd))
+        self.reader = ProgressReader(got.area.progress_fd, wake)
+        got.close()
 
 
 @asynccontextmanager
@@ -40,14 +56,17 @@ async def test_ensure_gives_a_mappable_area_and_a_directory(tmp_path: Path) -> N
     digest = push(source, origin).artefact.manifest
     async with open_store(settings_for(tmp_path / "c"), origin=origin) as store, connected(store) as plane:
         got = await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
-        assert got.area_fd is not None
-        with mmap.mmap(got.area_fd, got.area_bytes, access=mmap.ACCESS_COPY) as area:
-            os.close(got.area_fd)
-            (file,) = got.area_files
-            assert area[file.offset : file.offset + file.size] == (source / file.path).read_bytes()
+        area = Mapped(got)
+        await anyio.to_thread.run_sync(area.reader.wait_all, WAIT_S_MAX)
+        (file,) = area.files
+        assert area.view[file.offset : file.offset + file.size] == (source / file.path).read_bytes()
+        area.reader.close()
+        filled = await plane.wait_filled(digest, "h")
+        assert (filled.content.origin, filled.content.total) == (file.size, file.size)
+        assert [span.name for span in filled.spans] == ["fetch"]
         await plane.wait_directory(digest)
         assert (got.directory / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-        assert got.content.origin == got.content.total
+        assert got.content.origin == got.content.total > 0
 
 
 async def test_without_tensors_there_is_no_area(tmp_path: Path) -> None:
@@ -57,7 +76,8 @@ async def test_without_tensors_there_is_no_area(tmp_path: Path) -> None:
     digest = push(tmp_path / "m", origin).artefact.manifest
     async with open_store(settings_for(tmp_path / "c"), origin=origin) as store, connected(store) as plane:
         got = await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
-        assert (got.area_fd, got.area_bytes, got.area_files) == (None, 0, ())
+        assert got.area is None
+        got.close()
 
 
 async def test_errors_keep_their_type_across_the_channel(tmp_path: Path) -> None:
@@ -79,8 +99,7 @@ async def test_what_a_holder_has_stays_until_it_releases_or_its_channel_closes(t
 
     async def hold(plane: DataPlane, digest: Digest) -> None:
         got = await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
-        assert got.area_fd is not None
-        os.close(got.area_fd)
+        got.close()
 
     async with open_store(settings, origin=origin) as store:
         async with connected(store) as plane:
@@ -100,13 +119,13 @@ class Stuck(CountingOrigin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.reached = anyio.Event()
-        self.gate = anyio.Event()
+        self.reached = threading.Event()
+        self.gate = threading.Event()
 
     def read_range(self, key: str, offset: int, into: memoryview) -> None:
         if "/packs/" in key:
-            anyio.from_thread.run_sync(self.reached.set)
-            anyio.from_thread.run(self.gate.wait)
+            self.reached.set()
+            assert self.gate.wait(WAIT_S_MAX)
         super().read_range(key, offset, into)
 
 
@@ -121,16 +140,36 @@ async def test_a_cancelled_call_stops_the_load_and_the_next_one_goes_on(tmp_path
                 await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
 
             tasks.start_soon(call)
-            await origin.reached.wait()
+            await anyio.to_thread.run_sync(origin.reached.wait, WAIT_S_MAX)
             tasks.cancel_scope.cancel()
         with pytest.raises(NotFoundError):
             await plane.wait_directory(NOTHING)
         origin.gate.set()
+        await store.wait_quiet()
+        with pytest.raises(NotFoundError):
+            await plane.wait_filled(digest, "h")
         got = await plane.ensure(DEFAULT_TENANT, digest, "h2", map_tensors=True)
-        assert got.area_fd is not None
-        os.close(got.area_fd)
-        assert got.content.origin > got.content.total / 2
-        assert origin.pack_bytes_read == got.content.total
+        got.close()
+        filled = await plane.wait_filled(digest, "h2")
+        content = got.content + filled.content
+        assert content.origin > content.total / 2
+        assert origin.pack_bytes_read == content.total
+
+
+async def test_an_origin_that_fails_behind_the_answer_is_told_to_whoever_waits(tmp_path: Path) -> None:
+    origin = CountingOrigin()
+    digest = push(write_model(tmp_path / "m"), origin).artefact.manifest
+    origin.flip_byte(noise(5 << 20)[:64])
+    async with (
+        open_store(settings_for(tmp_path / "c"), origin=origin) as store,
+        connected(store) as plane,
+    ):
+        area = Mapped(await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True))
+        with pytest.raises(IntegrityError, match=r"model\.safetensors"):
+            await plane.wait_filled(digest, "h")
+        with pytest.raises(IntegrityError, match=r"model\.safetensors"):
+            await anyio.to_thread.run_sync(area.reader.wait_all, WAIT_S_MAX)
+        area.reader.close()
 
 
 async def test_the_process_serves_and_its_death_tells_every_caller(tmp_path: Path) -> None:
@@ -141,8 +180,7 @@ async def test_the_process_serves_and_its_death_tells_every_caller(tmp_path: Pat
     process, plane = await start_process(settings)
     async with process, anyio.create_task_group() as tasks:
         await tasks.start(plane.run)
-        got = await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
-        assert got.area_fd is not None
+        area = Mapped(await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True))
         await plane.wait_directory(digest)
         process.send_signal(signal.SIGSTOP)
         tasks.start_soon(kill, process.pid)
@@ -151,9 +189,9 @@ async def test_the_process_serves_and_its_death_tells_every_caller(tmp_path: Pat
         with pytest.raises(PlatformDownError):
             await plane.wait_directory(digest)
         await plane.release("h")
-    with mmap.mmap(got.area_fd, got.area_bytes, access=mmap.ACCESS_COPY) as area:
-        os.close(got.area_fd)
-        assert area[: len(weights)] == weights
+    assert area.view[: len(weights)] == weights
+    await anyio.to_thread.run_sync(area.reader.wait_all, 0)
+    area.reader.close()
     process, plane = await start_process(settings)
     async with process, anyio.create_task_group() as tasks:
         await tasks.start(plane.run)

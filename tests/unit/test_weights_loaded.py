@@ -4,19 +4,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from content_helpers import safetensors_bytes
-from snowdrop.content.area import Area
+from content_helpers import HandedOver, filled_area, safetensors_bytes
 from snowdrop.content.ingest import push_directory
 from snowdrop.content.layout import PUBLIC_DOMAIN, manifest_key
 from snowdrop.content.manifest import decode_manifest
 from snowdrop.content.origin import MemoryOrigin
-from snowdrop.content.placement import area_layout
 from snowdrop.domain.errors import CorruptContentError, InvalidInputError, NotFoundError
 from snowdrop.domain.ids import DEFAULT_TENANT
+from snowdrop.domain.manifest import Manifest
 from snowdrop.weights.loaded import LoadedModel
 from snowdrop.wire.replica import AreaFile, ModelHandle
 
@@ -43,21 +43,29 @@ def source(tmp_path: Path) -> Path:
     return root
 
 
-def from_area(source: Path, wait: list[str]) -> LoadedModel:
-    """The model through a landing area, as a replica gets it."""
+def manifest_of(source: Path) -> Manifest:
     origin = MemoryOrigin()
     digest = push_directory(source, origin, kind="model", tenant=DEFAULT_TENANT).artefact.manifest
-    manifest = decode_manifest(origin.objects[manifest_key(PUBLIC_DOMAIN, digest)])
-    layout = area_layout(manifest)
-    area = Area(manifest, layout)
-    for file in layout.files:
-        area.window(file.offset, file.size)[:] = (source / file.path).read_bytes()
-    handle = ModelHandle(
-        name="m", param="m", directory=str(source), area_fd=1, area_bytes=layout.size, area_files=layout.files
+    return decode_manifest(origin.objects[manifest_key(PUBLIC_DOMAIN, digest)])
+
+
+def from_area(source: Path, wait: list[str]) -> LoadedModel:
+    """The model through a landing area, as a replica gets it."""
+    area = filled_area(manifest_of(source), source)
+    given = HandedOver(area, source)
+    model = LoadedModel.from_handle(
+        given.handle,
+        given.fds,
+        wait_directory=lambda: wait.append("waited"),
+        renew=no_renewal,
+        wait_s_max=0,
     )
-    model = LoadedModel.from_handle(handle, area.fileno(), lambda: wait.append("waited"))
-    area.close()
+    given.close()
     return model
+
+
+def no_renewal() -> tuple[ModelHandle, tuple[int, ...]]:
+    raise AssertionError("nothing was lost")
 
 
 @pytest.fixture(params=["area", "directory"])
@@ -187,16 +195,11 @@ def test_a_truncated_or_empty_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_handle_that_points_outside_of_its_area_is_refused(source: Path) -> None:
-    handle = ModelHandle(
-        name="m",
-        param="m",
-        directory=str(source),
-        area_fd=1,
-        area_bytes=4096,
-        area_files=(AreaFile("a", 0, 5000),),
-    )
+    given = HandedOver(filled_area(manifest_of(source), source), source)
+    handle = msgspec.structs.replace(given.handle, area_files=(AreaFile("a", 0, 1 << 40),))
     with pytest.raises(CorruptContentError):
-        LoadedModel.from_handle(handle, 1, lambda: None)
+        LoadedModel.from_handle(handle, given.fds, wait_directory=lambda: None, renew=no_renewal, wait_s_max=0)
+    given.close()
 
 
 def test_a_failed_wait_is_raised_and_tried_again(source: Path) -> None:

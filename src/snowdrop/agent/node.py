@@ -93,7 +93,15 @@ class Node:
                 if runner.report.state in TERMINAL_STATES:
                     break
                 try:
-                    await plane.ensure(order.key.tenant, artefact.manifest, order.key.replica, map_tensors=False)
+                    # The pin is what counts: a replica that still needs bytes asks for its area itself.
+                    await plane.ensure(
+                        order.key.tenant,
+                        artefact.manifest,
+                        order.key.replica,
+                        map_tensors=False,
+                        lazy=artefact is not order.revision.code,
+                        key_domain=artefact.key_domain,
+                    )
                 except SnowdropError as error:
                     log.warning("pins of %s: %s", order.key.replica, error)
             if runner.report.state in TERMINAL_STATES:

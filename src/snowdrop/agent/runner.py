@@ -21,7 +21,16 @@ from snowdrop.domain.receipt import ContentBytes, Span
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
 from snowdrop.policy.lifecycle import Event, Instruction, ReplicaMachine, fail, step
 from snowdrop.wire.control import StartReplica
-from snowdrop.wire.replica import Booted, Drained, FromReplica, Imported, Ready, StageFailed, WaitForDirectory
+from snowdrop.wire.replica import (
+    Booted,
+    Drained,
+    FromReplica,
+    Imported,
+    Ready,
+    RenewModel,
+    StageFailed,
+    WaitForDirectory,
+)
 
 log = logging.getLogger("snowdrop.agent")
 
@@ -48,6 +57,8 @@ class ReplicaRunner:
         self._send, self._events = anyio.create_memory_object_stream[Happened](EVENTS_MAX)
         self._sandboxed = Sandboxed(order, context)
         self._content_scope = anyio.CancelScope()
+        self._says_ready = anyio.Event()
+        self._is_filled = anyio.Event()
         self._spans: list[Span] = []
         self._content = ContentBytes()
         self._error: ErrorBody | None = None
@@ -193,6 +204,24 @@ class ReplicaRunner:
             self._content = landed.content
             self._spans.extend(landed.spans)
             self._post(Happened(event=Event.CONTENT_LANDED, reason="content is on the node"))
+            await self._wait_filled()
+
+    async def _wait_filled(self) -> None:
+        """Until the models' areas are filled, which goes on while the replica starts."""
+        try:
+            landed = await self._sandboxed.filled(self._says_ready)
+        except SnowdropError as error:
+            self._post(Happened(event=Event.STAGE_FAILED, reason=str(error), error=error.body()))
+            return
+        self._content += landed.content
+        self._spans.extend(landed.spans)
+        self._is_filled.set()
+
+    async def _serve(self) -> None:
+        """Ready counts once it is known where its content came from: the receipt is made of it."""
+        self._says_ready.set()
+        await self._is_filled.wait()
+        self._post(Happened(event=Event.SERVING, reason="startup is done"))
 
     async def _launch(self) -> None:
         self._launched_unix_ns = time.time_ns()
@@ -223,12 +252,14 @@ class ReplicaRunner:
             self._post(Happened(event=Event.IMPORTED, reason="imports are done"))
         elif isinstance(message, Ready):
             self._spans.extend(message.spans)
-            self._post(Happened(event=Event.SERVING, reason="startup is done"))
+            tasks.start_soon(self._serve)
         elif isinstance(message, StageFailed):
             reason = f"{message.stage}: {message.error.message} ({message.error.where})"
             self._post(Happened(event=Event.STAGE_FAILED, reason=reason, error=message.error))
         elif isinstance(message, WaitForDirectory):
             tasks.start_soon(self._sandboxed.answer_directory, message.model)
+        elif isinstance(message, RenewModel):
+            tasks.start_soon(self._sandboxed.answer_renewal, message.model)
         elif isinstance(message, Drained):
             pass  # its exit follows and closes the case
 

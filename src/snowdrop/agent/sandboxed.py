@@ -17,6 +17,7 @@ import msgspec
 
 from snowdrop.agent.context import NodeContext
 from snowdrop.agent.dataplane.client import EnsuredContent
+from snowdrop.agent.handing import Landed, model_handle
 from snowdrop.agent.logs import LogLimits, LogSink
 from snowdrop.agent.sandbox.launcher import (
     CODE_TARGET,
@@ -30,12 +31,28 @@ from snowdrop.agent.sandbox.launcher import (
     SandboxHandle,
     replica_entry,
 )
-from snowdrop.domain.errors import ErrorBody, NotFoundError, ProtocolError, SandboxError, SnowdropError
+from snowdrop.domain.deployment import BoundModel
+from snowdrop.domain.errors import (
+    ErrorBody,
+    NotFoundError,
+    PlatformDownError,
+    ProtocolError,
+    SandboxError,
+    SnowdropError,
+)
 from snowdrop.domain.receipt import ContentBytes, Span
 from snowdrop.wire.codec import PROTOCOL_VERSION
 from snowdrop.wire.control import StartReplica
 from snowdrop.wire.packet import PacketChannel, packet_pair
-from snowdrop.wire.replica import FROM_REPLICA, Boot, DirectoryReady, Drain, FromReplica, ModelHandle
+from snowdrop.wire.replica import (
+    FROM_REPLICA,
+    Boot,
+    DirectoryReady,
+    Drain,
+    FromReplica,
+    ModelHandle,
+    ModelRenewed,
+)
 
 LISTEN_BACKLOG = 1024
 LAST_WORDS_S_MAX = 1.0
@@ -46,13 +63,6 @@ MESSAGES_MAX = 1_000
 """What a replica may say in its life; a healthy one says a handful."""
 
 log = logging.getLogger("snowdrop.agent")
-
-
-class Landed(msgspec.Struct, frozen=True, kw_only=True):
-    """What bringing a replica's content cost."""
-
-    content: ContentBytes
-    spans: tuple[Span, ...]
 
 
 class Sandboxed:
@@ -69,6 +79,8 @@ class Sandboxed:
         self._handle: SandboxHandle | None = None
         self._heard_all = anyio.Event()
         self._kill_wanted = False
+        self._is_gone = False
+        self._renewed = anyio.Event()
 
     @property
     def describe(self) -> str:
@@ -144,13 +156,51 @@ class Sandboxed:
     async def send_drain(self, drain_s_max: float) -> None:
         await self._tell(Drain(drain_s_max=drain_s_max))
 
+    async def answer_renewal(self, model: str) -> None:
+        """Gives the replica its model again, from the data plane that lives now, or tells it why not."""
+        try:
+            bound = self._bound(model)
+            content = await self._ensure_model(bound)
+        except SnowdropError as failed:
+            await self._tell(ModelRenewed(model=model, error=failed.body()))
+            return
+        try:
+            handle, fds = model_handle(bound, str(content.directory), content, first_fd=0)
+            await self._tell(ModelRenewed(model=model, handle=handle), fds)
+        finally:
+            content.close()
+        self._renewed.set()
+
+    async def filled(self, is_over: anyio.Event) -> Landed:
+        """Where the bytes of the models' areas came from, once they are filled.
+
+        A data plane that dies meanwhile is asked again when the replica has renewed its models, or not at all once
+        `is_over`: what came until then is not known. Raises why an area cannot be filled.
+        """
+        landed = Landed(content=ContentBytes(), spans=())
+        pending = {bound.artefact.manifest: bound.name for bound in self._order.revision.models}
+        while pending:
+            manifest, name = next(iter(pending.items()))
+            renewed = self._renewed
+            try:
+                data_plane = await self._context.data_plane()
+                filled = await data_plane.wait_filled(manifest, self._order.key.replica)
+            except (PlatformDownError, NotFoundError):
+                if is_over.is_set():
+                    break
+                await _either(renewed, is_over)
+                self._renewed = anyio.Event()
+                continue
+            del pending[manifest]
+            spans = tuple(msgspec.structs.replace(span, note=name) for span in filled.spans)
+            landed = Landed(content=landed.content + filled.content, spans=landed.spans + spans)
+        return landed
+
     async def answer_directory(self, model: str) -> None:
         """Waits until the model's directory is complete and tells the replica, or tells it why not."""
         error: ErrorBody | None = None
         try:
-            bound = next((b for b in self._order.revision.models if b.name == model), None)
-            if bound is None:
-                raise NotFoundError(f"this revision has no model {model!r}", where="model")
+            bound = self._bound(model)
             data_plane = await self._context.data_plane()
             await data_plane.wait_directory(bound.artefact.manifest)
         except SnowdropError as failed:
@@ -167,23 +217,50 @@ class Sandboxed:
         try:
             with anyio.move_on_after(CLOSE_S_MAX, shield=True):
                 await self._close_sandbox()
+        except Exception:  # a process stuck in the kernel, a group that stays: the others live on
+            log.exception("the sandbox of %s cannot be closed", self._order.key.replica)
         finally:
             self._close_sockets()
             self._close_areas()
             await self._close_log()
-            with anyio.move_on_after(CLOSE_S_MAX, shield=True), suppress(SnowdropError):
-                # A data plane that is gone holds no pins.
-                data_plane = await self._context.data_plane()
-                await data_plane.release(self._order.key.replica)
+            await self._release()
+
+    def _bound(self, model: str) -> BoundModel:
+        for bound in self._order.revision.models:
+            if bound.name == model:
+                return bound
+        raise NotFoundError(f"this revision has no model {model!r}", where="model")
+
+    async def _ensure_model(self, bound: BoundModel) -> EnsuredContent:
+        data_plane = await self._context.data_plane()
+        return await data_plane.ensure(
+            self._order.key.tenant,
+            bound.artefact.manifest,
+            self._order.key.replica,
+            map_tensors=True,
+            lazy=bound.lazy,
+            key_domain=bound.artefact.key_domain,
+        )
 
     # --- inside -------------------------------------------------------------------------------------------
 
     async def _close_sandbox(self) -> None:
-        try:
-            if self._handle is not None:
-                await self._handle.close()
-        except Exception:  # a process stuck in the kernel, a group that stays: the others live on
-            log.exception("the sandbox of %s cannot be closed", self._order.key.replica)
+        if self._handle is not None:
+            await self._handle.close()
+        self._is_gone = True
+
+    async def _release(self) -> None:
+        """Only when none of its processes is left: the memory that they map goes to others afterwards."""
+        if not self._is_gone:
+            log.error(
+                "the sandbox of %s is not gone: its content stays pinned until the data plane ends",
+                self._order.key.replica,
+            )
+            return
+        with anyio.move_on_after(CLOSE_S_MAX, shield=True), suppress(SnowdropError):
+            # A data plane that is gone holds no pins.
+            data_plane = await self._context.data_plane()
+            await data_plane.release(self._order.key.replica)
 
     def _close_sockets(self) -> None:
         if self._channel is not None:
@@ -233,20 +310,10 @@ class Sandboxed:
         handles: list[ModelHandle] = []
         for bound in revision.models:
             content = self._models[bound.name]
-            index = -1
-            if content.area_fd is not None:
-                index = len(fds)
-                fds.append(content.area_fd)
-            handles.append(
-                ModelHandle(
-                    name=bound.name,
-                    param=bound.param,
-                    directory=visible(Mount(source=content.directory, target=f"{MODELS_TARGET}/{bound.name}")),
-                    area_fd=index,
-                    area_bytes=content.area_bytes,
-                    area_files=content.area_files,
-                )
-            )
+            directory = visible(Mount(source=content.directory, target=f"{MODELS_TARGET}/{bound.name}"))
+            handle, more = model_handle(bound, directory, content, first_fd=len(fds))
+            handles.append(handle)
+            fds += more
         boot = Boot(
             version=PROTOCOL_VERSION,
             key=self._order.key,
@@ -263,14 +330,13 @@ class Sandboxed:
 
     def _close_areas(self) -> None:
         for name, content in self._models.items():
-            if content.area_fd is not None:
-                os.close(content.area_fd)
-                self._models[name] = msgspec.structs.replace(content, area_fd=None)
+            content.close()
+            self._models[name] = msgspec.structs.replace(content, area=None)
 
-    async def _tell(self, message: Drain | DirectoryReady) -> None:
+    async def _tell(self, message: Drain | DirectoryReady | ModelRenewed, fds: tuple[int, ...] = ()) -> None:
         with suppress(OSError):  # it is gone: its exit says so
             if self._channel is not None:
-                await self._channel.send(message)
+                await self._channel.send(message, fds)
 
 
 async def replica_content(order: StartReplica, context: NodeContext, sandboxed: Sandboxed) -> Landed:
@@ -292,7 +358,12 @@ async def replica_content(order: StartReplica, context: NodeContext, sandboxed: 
         artefact = order.revision.code if bound is None else bound.artefact
         data_plane = await context.data_plane()
         content = await data_plane.ensure(
-            order.key.tenant, artefact.manifest, order.key.replica, map_tensors=bound is not None
+            order.key.tenant,
+            artefact.manifest,
+            order.key.replica,
+            map_tensors=bound is not None,
+            lazy=bound is not None and bound.lazy,
+            key_domain=artefact.key_domain,
         )
         if bound is None:
             sandboxed.set_code(content)
@@ -310,3 +381,15 @@ async def replica_content(order: StartReplica, context: NodeContext, sandboxed: 
     if failed:
         raise failed[0]
     return Landed(content=total, spans=tuple(spans))
+
+
+async def _either(one: anyio.Event, other: anyio.Event) -> None:
+    """Returns when one of them is set."""
+
+    async def wait(event: anyio.Event) -> None:
+        await event.wait()
+        tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait, one)
+        tasks.start_soon(wait, other)

@@ -1,158 +1,137 @@
-"""Bringing chunks: from the nearest source that has them, verified on arrival, to an area or a directory.
+"""The fetch engine: one bounded set of threads that carries chunks for all artefacts of the node.
 
-A source whose bytes are wrong or that fails is set aside for those chunks and the next one is asked; when the
-last one, the origin, is wrong too, the fetch ends with an error and nothing that it brought is believed.
+Threads spend their time in reads and hashes, which hold no interpreter lock. Each takes the next run of the next
+artefact in turn, so that a large model does not hold up a small one. What a fill no longer wants is not begun;
+what is being read is at most READ_BYTES_MAX per thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+import threading
+import time
+from collections import Counter
 
-import anyio
-import anyio.to_thread
+from snowdrop.content.fill import Fill
+from snowdrop.content.placement import READ_BYTES_MAX
+from snowdrop.content.runs import Outcome, Run
+from snowdrop.content.source import Tier
+from snowdrop.domain.errors import SnowdropError
 
-from snowdrop.content.area import Area
-from snowdrop.content.landing import Landing
-from snowdrop.content.layout import pack_key
-from snowdrop.content.placement import Run, file_places, plan_runs
-from snowdrop.content.source import ChunkSource, Tier, bad_chunks
-from snowdrop.domain.errors import IntegrityError, SnowdropError
-from snowdrop.domain.manifest import Manifest
-
-Deliver = Callable[[ChunkSource, int, memoryview], None]
-"""(source, chunk, verified bytes): puts a chunk where it belongs. Called in threads, several at once."""
+JOIN_S_MAX = 10.0
+"""How long closing waits for reads that are under way."""
 
 
-class Fetcher:
-    """Reads of one node, sharing one bounded set of threads. Cancelling stops it between two runs."""
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._limiter = anyio.CapacityLimiter(threads)
-
-    async def bring(
-        self,
-        manifest: Manifest,
-        chunks: Sequence[int],
-        sources: Sequence[ChunkSource],
-        deliver: Deliver,
-        *,
-        area: Area | None = None,
-        on_batch: Callable[[int], None] | None = None,
-    ) -> dict[int, Tier]:
-        """Brings `chunks` (ascending) from the first of `sources` that has them right; says which gave which.
-
-        With `area` they are read in place where their place allows. `on_batch` is called in a thread, one call at
-        a time, with the bytes that were delivered. Raises IntegrityError naming chunk, pack and file when no
-        source has the right bytes, or what the last source or `deliver` raised.
-        """
-        given: dict[int, Tier] = {}
-        missing = list(chunks)
-        for source in sources:
-            held = [chunk for chunk in missing if source.holds(chunk)]
-            job = _Job(manifest, source, deliver, area, is_last=source is sources[-1])
-            bad = await self._carry_all(job, held, on_batch)
-            given.update((chunk, source.tier) for chunk in held if chunk not in bad)
-            missing = [chunk for chunk in missing if chunk not in given]
-            if not missing:
-                return given
-        if missing:
-            raise _no_source(manifest, missing[0])
-        return given
-
-    async def _carry_all(self, job: _Job, chunks: list[int], on_batch: Callable[[int], None] | None) -> set[int]:
-        layout = job.area.layout if job.area is not None else None
-        runs = iter(plan_runs(job.manifest, chunks, layout))
-        bad: set[int] = set()
-        failures: list[SnowdropError] = []
-        batch_lock = anyio.Lock()
-
-        async def carry_some() -> None:
-            for run in runs:
-                try:
-                    bad.update(await anyio.to_thread.run_sync(job.carry, run, limiter=self._limiter))
-                    if on_batch is not None:
-                        async with batch_lock:
-                            await anyio.to_thread.run_sync(on_batch, run.length, limiter=self._limiter)
-                except SnowdropError as error:
-                    failures.append(error)
-                    workers.cancel_scope.cancel()
-                    return
-
-        async with anyio.create_task_group() as workers:
-            for _ in range(self._threads):
-                workers.start_soon(carry_some)
-        if failures:
-            raise failures[0]
-        return bad
+log = logging.getLogger("snowdrop.content")
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Everything that carrying a run takes."""
+class FetchEngine:
+    """Use `lock` around every call to a fill, and `kick` after one that made something due."""
 
-    manifest: Manifest
-    source: ChunkSource
-    deliver: Deliver
-    area: Area | None
-    is_last: bool
+    def __init__(self, threads_max: int) -> None:
+        self.lock = threading.Condition()
+        self.bytes_read: Counter[Tier] = Counter()
+        """Plaintext bytes brought, by tier, since the start."""
+        self._threads_max = threads_max
+        self._threads: list[threading.Thread] = []
+        self._fills: list[Fill] = []
+        self._active: Counter[Tier] = Counter()
+        self._is_closed = False
 
-    def carry(self, run: Run) -> list[int]:
-        """One run from its source to its places; returns the chunks that the source could not give."""
-        if self.area is not None and run.area_offset >= 0:
-            view = self.area.window(run.area_offset, run.length)
-        else:
-            view = memoryview(bytearray(run.length))
+    def start(self) -> None:
+        for number in range(self._threads_max):
+            thread = threading.Thread(target=self._work, name=f"fetch {number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def kick(self, fill: Fill) -> None:
+        """Something of `fill` may be due now."""
+        with self.lock:
+            if fill not in self._fills:
+                self._fills.append(fill)
+            self.lock.notify_all()
+
+    @property
+    def is_busy(self) -> bool:
+        return self._active.total() > 0
+
+    def wait_quiet(self) -> None:
+        """Blocks until nothing is under way and nothing is due."""
+        with self.lock:
+            self.lock.wait_for(lambda: not self.is_busy and not any(fill.is_due for fill in self._fills))
+
+    def close(self) -> bool:
+        """Begins nothing new and waits for what is under way; False if a read does not end. Blocks."""
+        with self.lock:
+            self._is_closed = True
+            self.lock.notify_all()
+        deadline_s = time.monotonic() + JOIN_S_MAX
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    # --- a thread -----------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        memory = _Scratch()
+        while True:
+            with self.lock:
+                found = self._next()
+                while found is None:
+                    if self._is_closed:
+                        return
+                    self.lock.wait()
+                    found = self._next()
+            fill, run = found
+            self._carry(fill, run, memory)
+
+    def _next(self) -> tuple[Fill, Run] | None:
+        if self._is_closed:
+            return None
+        self._fills = [fill for fill in self._fills if fill.is_busy]
+        for index, fill in enumerate(self._fills):
+            run = fill.next_run(self._has_room)
+            if run is not None:
+                # Its turn comes again after all others.
+                self._fills.append(self._fills.pop(index))
+                self._active[run.source.tier] += 1
+                return fill, run
+        return None
+
+    def _has_room(self, tier: Tier, spare: int) -> bool:
+        """Whether one more run may be read from `tier`; `spare` is what an origin may still be asked at once."""
+        return tier != "origin" or spare > 0
+
+    def _carry(self, fill: Fill, run: Run, memory: _Scratch) -> None:
         try:
-            self.source.read(run.first, run.chunks, view)
-            bad = bad_chunks(self.manifest, run.first, run.chunks, view)
-        except SnowdropError:
-            if self.is_last:
-                raise
-            bad = list(range(run.first, run.first + run.chunks))
-        for chunk in bad:
-            self.source.quarantine(chunk)
-        done = 0
-        for chunk in range(run.first, run.first + run.chunks):
-            size = self.manifest.chunks[chunk].plain_bytes
-            if chunk not in bad:
-                self.deliver(self.source, chunk, view[done : done + size])
-            done += size
-        return bad
+            outcome = fill.carry(run, memory.take)
+        except Exception as error:  # noqa: BLE001 -- a bug met by one run must not end the thread for all
+            outcome = Outcome(list(range(run.first, run.first + run.count)), _unforeseen(error))
+        with self.lock:
+            self._active[run.source.tier] -= 1
+            self.bytes_read[run.source.tier] += run.length if not outcome.bad else 0
+            fill.finish(run, outcome)
+            self.lock.notify_all()
+        fill.wake()
+        fill.on_progress()
 
 
-def _no_source(manifest: Manifest, chunk: int) -> IntegrityError:
-    ref = manifest.chunks[chunk]
-    places = file_places(manifest)[chunk]
-    file = manifest.files[places[0].file].path if places else "no file"
-    key = pack_key(manifest.key_domain, manifest.packs[ref.pack].digest)
-    return IntegrityError(
-        f"chunk {chunk} of {file} is wrong at the origin",
-        where=f"chunk {ref.digest[:16]}, pack {key}, {ref.stored_bytes} bytes at {ref.pack_offset}",
-        next_step="delete that pack at the origin and push the artefact again",
+def _unforeseen(error: Exception) -> SnowdropError:
+    log.error("a fetch failed in an unforeseen way", exc_info=error)
+    return SnowdropError(
+        f"internal error of the data plane: {type(error).__name__}: {error}",
+        where="fetch",
+        next_step="please report it with the agent's log",
     )
 
 
-def into_area(area: Area, landing: Landing) -> Deliver:
-    """Delivers to every place in the area. What the landing directory gave is thereby proven."""
+class _Scratch:
+    """One thread's memory for runs that cannot be read in place. Made when first needed."""
 
-    def deliver(source: ChunkSource, chunk: int, data: memoryview) -> None:
-        area.scatter(chunk, data)
-        area.mark(chunk)
-        if source is landing:
-            landing.confirm(chunk, data)
+    def __init__(self) -> None:
+        self._memory = memoryview(b"")
 
-    return deliver
-
-
-def into_landing(landing: Landing) -> Deliver:
-    """Delivers to the landing files; what they hold already is only confirmed."""
-
-    def deliver(source: ChunkSource, chunk: int, data: memoryview) -> None:
-        if source is landing:
-            landing.confirm(chunk, data)
-        else:
-            landing.write(chunk, data)
-
-    return deliver
+    def take(self, length: int) -> memoryview:
+        if len(self._memory) < length:
+            self._memory = memoryview(bytearray(max(length, READ_BYTES_MAX)))
+        return self._memory[:length]

@@ -31,5 +31,12 @@ class Pins:
         """Drops everything that `holder` has taken."""
         self._held.pop(holder, None)
 
+    def has(self, holder: str, digest: Digest) -> bool:
+        counts = self._held.get(holder)
+        return counts is not None and digest in counts
+
+    def is_pinned(self, digest: Digest) -> bool:
+        return any(digest in counts for counts in self._held.values())
+
     def pinned(self) -> set[Digest]:
         return {digest for counts in self._held.values() for digest in counts}

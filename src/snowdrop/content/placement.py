@@ -31,15 +31,6 @@ class AreaPlace(NamedTuple):
     length: int
 
 
-class Run(NamedTuple):
-    """`chunks` consecutive chunks, read at once; in place at `area_offset`, or through scratch memory if -1."""
-
-    first: int
-    chunks: int
-    length: int
-    area_offset: int = -1
-
-
 def file_places(manifest: Manifest) -> list[list[FilePlace]]:
     """By chunk: every place in the files that holds its bytes."""
     places: list[list[FilePlace]] = [[] for _ in manifest.chunks]
@@ -91,24 +82,11 @@ def area_layout(manifest: Manifest) -> AreaLayout:
     return AreaLayout(offset, tuple(files), places, whole)
 
 
-def plan_runs(manifest: Manifest, chunks: list[int], layout: AreaLayout | None) -> list[Run]:
-    """`chunks` (ascending) as runs of at most READ_BYTES_MAX that lie together both at the source and in the area.
-
-    Without a layout every run goes through scratch memory.
-    """
-    runs: list[Run] = []
-    for chunk in chunks:
-        size = manifest.chunks[chunk].plain_bytes
-        at = layout.whole.get(chunk, -1) if layout is not None else -1
-        last = runs[-1] if runs else None
-        if (
-            last is not None
-            and last.first + last.chunks == chunk
-            and last.length + size <= READ_BYTES_MAX
-            and (at == -1) == (last.area_offset == -1)
-            and (at == -1 or last.area_offset + last.length == at)
-        ):
-            runs[-1] = last._replace(chunks=last.chunks + 1, length=last.length + size)
-        else:
-            runs.append(Run(chunk, 1, size, at))
-    return runs
+def header_chunks(manifest: Manifest) -> list[int]:
+    """Those with the headers of the tensor files: what lies before each file's first tensor."""
+    found: list[int] = []
+    for entry in manifest.files:
+        if entry.tensors:
+            end = min(tensor.offset for tensor in entry.tensors)
+            found += [extent.chunk for extent in entry.extents if extent.file_offset < max(end, 1)]
+    return list(dict.fromkeys(found))

@@ -191,9 +191,7 @@ class ProgressReader:
             self._wait(0, end, timeout_s, wants=wants)
 
     def ask(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Says in one packet what will be waited for: (offset, length), most urgent first, as far as it is
-        missing.
-        """
+        """Says in one packet what will be waited for: (offset, length), most urgent first, as far as it misses."""
         chunks: dict[int, None] = {}
         for offset, length in stretches:
             room = WANTS_MAX - len(chunks)

@@ -5,13 +5,13 @@ Sources do not verify: `fetch` does, on arrival, for every source alike.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Literal, Protocol
 
+from snowdrop.content.codec import decode
 from snowdrop.content.keys import PUBLIC_HASHER, Hasher
 from snowdrop.content.layout import pack_key
 from snowdrop.content.origin import Origin
-from snowdrop.domain.errors import InvalidInputError
+from snowdrop.domain.errors import IntegrityError
 from snowdrop.domain.manifest import ChunkRef, Manifest
 
 Tier = Literal["ram", "disk", "peer", "origin"]
@@ -52,19 +52,12 @@ class PackSource:
     def read(self, first: int, count: int, into: memoryview) -> None:
         chunks = self._manifest.chunks[first : first + count]
         begin = done = 0
-        for index, chunk in enumerate(chunks):
-            if chunk.codec != "plain":
-                raise InvalidInputError(
-                    f"codec {chunk.codec!r} is not read by this version",
-                    where=f"chunk {first + index}",
-                    next_step="update Snowdrop on this node",
-                )
-            if index and not _adjacent(chunks[index - 1], chunk):
-                self._read_range(chunks[begin], into[done : _end(chunks, begin, index, done)])
-                done = _end(chunks, begin, index, done)
-                begin = index
-        if chunks:
-            self._read_range(chunks[begin], into[done:])
+        for end in range(1, count + 1):
+            if end == count or not _together(chunks[end - 1], chunks[end]):
+                size = sum(chunk.plain_bytes for chunk in chunks[begin:end])
+                self._read_together(chunks[begin:end], into[done : done + size])
+                done += size
+                begin = end
 
     def quarantine(self, chunk: int) -> None:
         self._bad.add(chunk)
@@ -73,17 +66,32 @@ class PackSource:
         """Believes in every chunk again, for a new attempt at the artefact."""
         self._bad.clear()
 
-    def _read_range(self, first: ChunkRef, into: memoryview) -> None:
+    def _read_together(self, chunks: tuple[ChunkRef, ...], into: memoryview) -> None:
+        """One range of one pack: in place if it is plain, otherwise decoded from a copy."""
+        first = chunks[0]
         key = pack_key(self._manifest.key_domain, self._manifest.packs[first.pack].digest)
-        self._origin.read_range(key, first.pack_offset, into)
+        if first.codec == "plain":
+            self._origin.read_range(key, first.pack_offset, into)
+            return
+        stored = memoryview(bytearray(sum(chunk.stored_bytes for chunk in chunks)))
+        self._origin.read_range(key, first.pack_offset, stored)
+        taken = done = 0
+        for chunk in chunks:
+            decode(
+                chunk.codec,
+                stored[taken : taken + chunk.stored_bytes],
+                into[done : done + chunk.plain_bytes],
+            )
+            taken += chunk.stored_bytes
+            done += chunk.plain_bytes
 
 
-def _adjacent(left: ChunkRef, right: ChunkRef) -> bool:
-    return left.pack == right.pack and left.pack_offset + left.stored_bytes == right.pack_offset
-
-
-def _end(chunks: tuple[ChunkRef, ...], begin: int, end: int, done: int) -> int:
-    return done + sum(chunk.plain_bytes for chunk in chunks[begin:end])
+def _together(left: ChunkRef, right: ChunkRef) -> bool:
+    return (
+        left.pack == right.pack
+        and left.pack_offset + left.stored_bytes == right.pack_offset
+        and (left.codec == "plain") == (right.codec == "plain")
+    )
 
 
 def bad_chunks(
@@ -103,10 +111,16 @@ def bad_chunks(
     return bad
 
 
-def runs_of(chunks: list[int]) -> list[tuple[int, int]]:
-    """Ascending indices as (first, count) of consecutive ones."""
-    if not chunks:
-        return []
-    starts = [chunks[0]] + [right for left, right in pairwise(chunks) if right != left + 1]
-    ends = [left for left, right in pairwise(chunks) if right != left + 1] + [chunks[-1]]
-    return [(start, end - start + 1) for start, end in zip(starts, ends, strict=True)]
+def wrong_chunk(manifest: Manifest, chunk: int) -> IntegrityError:
+    """The error of a chunk that even the origin has wrong: names chunk, pack and file."""
+    ref = manifest.chunks[chunk]
+    path = next(
+        (entry.path for entry in manifest.files if any(extent.chunk == chunk for extent in entry.extents)),
+        "no file",
+    )
+    key = pack_key(manifest.key_domain, manifest.packs[ref.pack].digest)
+    return IntegrityError(
+        f"chunk {chunk} of {path} is wrong at the origin",
+        where=f"chunk {ref.digest[:16]}, pack {key}, {ref.stored_bytes} bytes at {ref.pack_offset}",
+        next_step="delete that pack at the origin and push the artefact again",
+    )

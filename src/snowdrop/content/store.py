@@ -1,115 +1,151 @@
-"""The content of one node: ensure, write behind, wait, release. The shell around tiers and fetch.
+"""The content of one node: ensure, wait, complete behind, release. The shell around tiers and the fetch engine.
 
-Loading never waits for the disk: tensor files go from the origin into a landing area, and from there to the
-landing directory behind the load. One artefact is fetched by one caller at a time; the next one finds what the
-one before has brought, also when that one gave up half-way.
+`ensure` answers as soon as an artefact can be worked with: its small files are in the directory, its landing area
+is there and being filled. Loading never waits for the disk: tensor files go from the origin into the area, and
+from there to the landing directory behind the load.
 """
 
 from __future__ import annotations
 
+import socket
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import anyio
+import anyio.abc
 import anyio.to_thread
 import msgspec
 
 from snowdrop.content.area import Area, RamTier
+from snowdrop.content.areas import Areas
+from snowdrop.content.artefact import Artefact, Keys, read_manifest
+from snowdrop.content.completing import Completer
 from snowdrop.content.disk import DiskTier
-from snowdrop.content.fetch import Fetcher, into_area, into_landing
+from snowdrop.content.fetch import FetchEngine
 from snowdrop.content.landing import Landing
-from snowdrop.content.layout import PUBLIC_DOMAIN, manifest_key
-from snowdrop.content.manifest import decode_manifest
+from snowdrop.content.layout import PUBLIC_DOMAIN
 from snowdrop.content.origin import Origin, open_origin
 from snowdrop.content.pins import Pins
-from snowdrop.content.placement import AreaLayout, area_layout
+from snowdrop.content.progress import WANTS_MAX, decode_wants
 from snowdrop.content.settings import DataPlaneSettings
-from snowdrop.content.source import ChunkSource, PackSource, Tier
+from snowdrop.content.slabs import SlabPool
+from snowdrop.content.source import Tier
 from snowdrop.domain.errors import (
-    CorruptContentError,
     NotFoundError,
-    SnowdropError,
     StorageFullError,
     error_from_body,
 )
 from snowdrop.domain.ids import Digest, TenantId, fresh_id
-from snowdrop.domain.manifest import MANIFEST_BYTES_MAX, Manifest
+from snowdrop.domain.manifest import Manifest
 from snowdrop.domain.receipt import ContentBytes, Span
 
-DIRTY_BYTES_MAX = 64 << 20
-"""Written behind but not yet durable, at most so much of an artefact."""
+POOL_TICK_S = 0.5
+WANTS_REST_S = 0.005
+"""Between two want packets of one reader: one that sends without end gets no more of the loop than this."""
 
 
 class Landed(msgspec.Struct, frozen=True, kw_only=True):
-    """An artefact on this node, pinned. `directory` is its tree; `area` holds its tensor files if it has any."""
+    """An artefact on this node, pinned. `directory` is its tree; `area` holds its tensor files if it has any.
+
+    `wake` is the reader's end of its socket and belongs to the caller.
+    """
 
     directory: Path
     area: Area | None
+    wake: socket.socket | None
     content: ContentBytes
     spans: tuple[Span, ...]
 
 
-class _Artefact:
-    def __init__(self, manifest: Manifest, origin: Origin) -> None:
-        self.manifest = manifest
-        self.layout: AreaLayout = area_layout(manifest)
-        self.packs = PackSource(origin, manifest)
-        self.landing: Landing | None = None
-        self.has_room = True
-        self.fetching = anyio.Lock()
-        self.behind: anyio.Event | None = None
-        self.behind_error: SnowdropError | None = None
-        tensor_chunks = set(self.layout.places)
-        self.small_chunks = sorted(
-            {extent.chunk for entry in manifest.files if not entry.tensors for extent in entry.extents}
-        )
-        self.all_chunks = sorted(tensor_chunks.union(self.small_chunks))
+class Filled(msgspec.Struct, frozen=True, kw_only=True):
+    """An area that a holder waited for: where its bytes came from and how long it took."""
+
+    content: ContentBytes
+    spans: tuple[Span, ...]
 
 
 class ContentStore:
-    """Use through `open_store`, which also runs the writer behind."""
+    """Use through `open_store`."""
 
-    def __init__(self, origin: Origin, ram: RamTier, disk: DiskTier, *, fetch_threads: int) -> None:
+    def __init__(self, origin: Origin, areas: Areas, disk: DiskTier, engine: FetchEngine, keys: Keys) -> None:
         self._origin = origin
-        self._ram = ram
+        self._areas = areas
         self._disk = disk
-        self._fetcher = Fetcher(fetch_threads)
-        # Its own thread: a slow disk must not take the fetches' threads away.
-        self._behind_fetcher = Fetcher(1)
+        self._engine = engine
+        self._keys = keys
+        self._completer = Completer(engine)
         self._pins = Pins()
-        self._artefacts: dict[Digest, _Artefact] = {}
+        self._artefacts: dict[Digest, Artefact] = {}
         self._opening = anyio.Lock()
-        self._behind: deque[Digest] = deque()
-        self._behind_wake = anyio.Event()
+        self._tasks: anyio.abc.TaskGroup | None = None
 
-    async def ensure(self, tenant: TenantId, digest: Digest, holder: str, *, map_tensors: bool) -> Landed:
+    async def ensure(
+        self,
+        tenant: TenantId,
+        digest: Digest,
+        holder: str,
+        *,
+        map_tensors: bool,
+        lazy: bool = False,
+        key_domain: str = PUBLIC_DOMAIN,
+    ) -> Landed:
         """Brings an artefact and pins it for `holder`.
 
-        With `map_tensors` its tensor files are in a landing area and follow to the directory behind; without,
-        every file is in the directory. Bytes are counted once, by the tier that they came from; files that lie
-        proven in the directory count as "disk", an area that is filled already as "ram".
-        Raises NotFoundError, IntegrityError, CorruptContentError, StorageFullError, UnavailableError; then
-        nothing is pinned.
+        With `map_tensors` its tensor files get a landing area, which is filled from now on (`wait_filled`), and
+        follow to the directory behind; `lazy` fills only what is asked for. Without, every file is in the
+        directory; if `lazy`, only small files without tensors are. Bytes are counted once, by the tier that they
+        came from; files that lie proven in the directory count as "disk". Raises NotFoundError, IntegrityError,
+        CorruptContentError, StorageFullError, UnavailableError; then nothing is pinned.
         """
         spans: list[Span] = []
+        wake: socket.socket | None = None
         with self._at_work(digest):
             with _span(spans, "manifest"):
-                artefact = await self._open(digest)
-            with _span(spans, "fetch"):
-                async with artefact.fetching:
-                    landing = await self._open_landing(digest, artefact)
-                    artefact.packs.forgive()
-                    area, given = await self._fetch(digest, artefact, landing, map_tensors=map_tensors)
+                artefact = await self._open(digest, key_domain)
+            use_area = map_tensors and artefact.layout.size > 0
+            async with artefact.preparing:
+                landing = await self._open_landing(digest, artefact)
+                if not use_area and not lazy and not artefact.has_room:
+                    raise _no_directory(artefact.manifest, "scale another deployment down")
+                area = await self._areas.get(artefact, self._is_held) if use_area else None
+            try:
+                if area is not None:
+                    wake = self._attach(artefact, holder, lazy=lazy)
+                with _span(spans, "files"):
+                    wanted = artefact.eager_chunks if use_area or lazy else artefact.all_chunks
+                    content = await self._bring_files(artefact, wanted)
+            except BaseException:
+                self._abandon(artefact, holder, wake)
+                raise
             # No await from here on: a cancelled caller must find the pin either whole or absent.
             self._pins.take(holder, digest)
-        if artefact.has_room and not landing.is_complete:
-            self._write_behind(digest, artefact)
-        return Landed(
-            directory=landing.tree, area=area, content=_content(artefact.manifest, given), spans=tuple(spans)
-        )
+        if artefact.has_room and not landing.is_complete and (use_area or not lazy):
+            self._complete_behind(artefact, landing)
+        return Landed(directory=landing.tree, area=area, wake=wake, content=content, spans=tuple(spans))
+
+    async def wait_filled(self, digest: Digest, holder: str) -> Filled:
+        """Returns once the area that `holder` was given is filled; at once for a lazy holder.
+
+        Raises NotFoundError if the holder has none, and why the area cannot be filled.
+        """
+        artefact = self._artefacts.get(digest)
+        reader = artefact.fill.readers.get(holder) if artefact is not None else None
+        if artefact is None or reader is None:
+            raise NotFoundError("this holder has no landing area of the artefact", where=digest)
+        chunks = list(artefact.layout.places)
+        if not reader.is_lazy:
+            await artefact.bring(self._engine, chunks, "area")
+        sizes = artefact.manifest.chunks
+        total = 0 if reader.is_lazy else sum(sizes[chunk].plain_bytes for chunk in chunks)
+        # What others have brought, or what was there before, came from memory as far as this holder goes.
+        own, reader.given = dict(reader.given), Counter()
+        own["ram"] = own.get("ram", 0) + max(0, total - sum(own.values()))
+        end = time.time_ns() if reader.is_lazy else max(artefact.fill.completed_unix_ns, reader.began_unix_ns)
+        span = Span(name="fetch", start_unix_ns=reader.began_unix_ns, end_unix_ns=end, parent="startup")
+        return Filled(content=_content(own), spans=(span,))
 
     async def wait_directory(self, digest: Digest) -> None:
         """Returns once the directory holds every file, verified and durable; raises why it never will.
@@ -119,106 +155,137 @@ class ContentStore:
         artefact = self._artefacts.get(digest)
         if artefact is None or artefact.landing is None:
             raise NotFoundError("the artefact is not on this node", where=digest, next_step="ensure it first")
-        if artefact.landing.is_complete:
-            return
-        if not artefact.has_room:
-            raise StorageFullError(
-                f"the directory needs {artefact.manifest.total_bytes} bytes in the node's cache",
-                where="disk_bytes_max",
-                next_step="raise disk_bytes_max, or use LoadedModel.tensors(), which needs no disk",
-            )
+        if not artefact.has_room and not artefact.landing.is_complete:
+            raise _no_directory(artefact.manifest, "use LoadedModel.tensors(), which needs no disk")
         with self._at_work(digest):
-            await self._write_behind(digest, artefact).wait()
-        if artefact.behind_error is not None:
-            raise error_from_body(artefact.behind_error.body())
+            artefact.must_complete = True
+            artefact.behind_error = None
+            artefact.tell()
+            while not artefact.landing.is_complete:
+                await self._complete_behind(artefact, artefact.landing).wait()
+                if artefact.behind_error is not None:
+                    raise error_from_body(artefact.behind_error.body())
+
+    async def read_file(self, digest: Digest, file: int, offset: int, length: int) -> bytes | None:
+        """Makes sure that a stretch of a file is in the landing directory's file, before anything else is fetched.
+
+        Returns None, or the bytes themselves if the disk has no room for them. Raises NotFoundError and what
+        fetching raises.
+        """
+        artefact = self._artefacts.get(digest)
+        if artefact is None or artefact.landing is None:
+            raise NotFoundError("the artefact is not on this node", where=digest, next_step="ensure it first")
+        with self._at_work(digest):
+            chunks = artefact.chunks_of(file, offset, length)
+            if artefact.has_room:
+                try:
+                    await artefact.bring(self._engine, chunks, "landing")
+                    return None
+                except StorageFullError:
+                    pass  # degrades to passing through
+            return await anyio.to_thread.run_sync(artefact.read_through, file, offset, length)
 
     def release(self, holder: str) -> None:
+        """Gives up everything that `holder` has: none of its processes maps an area any more."""
         self._pins.release(holder)
+        for artefact in self._artefacts.values():
+            if holder in artefact.fill.readers:
+                self._detach(artefact, holder)
 
     def drop(self, holder: str, digest: Digest) -> None:
         """Takes back one `ensure` whose answer nobody wants any more."""
         self._pins.drop(holder, digest)
+        artefact = self._artefacts.get(digest)
+        if artefact is not None and not self._pins.has(holder, digest):
+            self._detach(artefact, holder)
 
-    async def run(self) -> None:
-        """Writes behind, one artefact after the other, until cancelled."""
-        while True:
-            while self._behind:
-                digest = self._behind[0]
-                artefact = self._artefacts.get(digest)
-                if artefact is not None and artefact.landing is not None:
-                    await self._complete_directory(digest, artefact, artefact.landing)
-                self._behind.popleft()
-            self._behind_wake = anyio.Event()
-            await self._behind_wake.wait()
-
-    async def _fetch(
-        self, digest: Digest, artefact: _Artefact, landing: Landing, *, map_tensors: bool
-    ) -> tuple[Area | None, dict[int, Tier]]:
-        use_area = map_tensors and artefact.layout.size > 0
-        wanted = artefact.small_chunks if use_area else artefact.all_chunks
-        if not use_area and not artefact.has_room:
-            raise StorageFullError(
-                f"no room for {artefact.manifest.total_bytes} bytes in the node's cache",
-                where="disk_bytes_max",
-                next_step="raise disk_bytes_max, or scale another deployment down",
-            )
-        given: dict[int, Tier] = {chunk: "disk" for chunk in wanted if landing.is_verified(chunk)}
-        missing = [chunk for chunk in wanted if chunk not in given]
-        resident = self._ram.get(digest)
-        sources = _sources(landing, resident, artefact.packs)
-        given |= await self._fetcher.bring(artefact.manifest, missing, sources, into_landing(landing))
-        if not use_area:
-            return None, given
-        area = resident or await self._make_area(digest, artefact)
-        empty = area.missing()
-        brought = await self._fetcher.bring(
-            artefact.manifest, empty, [landing, artefact.packs], into_area(area, landing), area=area
-        )
-        for chunk in artefact.layout.places:
-            given.setdefault(chunk, brought.get(chunk, "ram"))
-        return area, given
-
-    async def _make_area(self, digest: Digest, artefact: _Artefact) -> Area:
-        victims = self._ram.reserve(digest, artefact.layout.size, self._pins.pinned())
-
-        def make() -> Area:
-            for victim in victims:
-                victim.close()
-            return Area(artefact.manifest, artefact.layout)
-
-        area: Area | None = None
-        try:
-            # Shielded: an area that a cancelled caller had made would be lost, with its memory.
-            with anyio.CancelScope(shield=True):
-                area = made = await anyio.to_thread.run_sync(make)
-        finally:
-            self._ram.settle(digest, area)
-        return made
-
-    async def _open(self, digest: Digest) -> _Artefact:
+    def manifest(self, digest: Digest) -> Manifest:
+        """Of an artefact that has been ensured; raises NotFoundError otherwise."""
         artefact = self._artefacts.get(digest)
         if artefact is None:
-            manifest = await anyio.to_thread.run_sync(self._read_manifest, digest)
-            artefact = self._artefacts.setdefault(digest, _Artefact(manifest, self._origin))
+            raise NotFoundError("the artefact is not on this node", where=digest, next_step="ensure it first")
+        return artefact.manifest
+
+    async def wait_quiet(self) -> None:
+        """Returns when no read is under way."""
+        await anyio.to_thread.run_sync(self._engine.wait_quiet)
+
+    async def run(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Keeps the pool of slabs and carries the store's tasks, until cancelled."""
+        async with anyio.create_task_group() as self._tasks:
+            self._tasks.start_soon(self._areas.keep, self._is_held)
+            task_status.started()
+
+    # --- readers ------------------------------------------------------------------------------------------
+
+    def _is_held(self, digest: Digest) -> bool:
+        artefact = self._artefacts.get(digest)
+        return self._pins.is_pinned(digest) or (artefact is not None and artefact.fill.is_busy)
+
+    def _attach(self, artefact: Artefact, holder: str, *, lazy: bool) -> socket.socket:
+        if self._tasks is None:
+            raise RuntimeError("the store does not run")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with self._engine.lock:
+            artefact.fill.attach(holder, ours, is_lazy=lazy)
+        self._engine.kick(artefact.fill)
+        self._tasks.start_soon(self._listen, artefact, holder, ours)
+        return theirs
+
+    def _abandon(self, artefact: Artefact, holder: str, wake: socket.socket | None) -> None:
+        if wake is not None:
+            wake.close()
+            if not self._pins.has(holder, artefact.digest):
+                self._detach(artefact, holder)
+
+    def _detach(self, artefact: Artefact, holder: str) -> None:
+        with self._engine.lock:
+            artefact.fill.detach(holder)
+        artefact.tell()
+
+    async def _listen(self, artefact: Artefact, holder: str, wake: socket.socket) -> None:
+        """Takes a reader's wants until it closes its end or is detached."""
+        try:
+            while True:
+                await anyio.wait_readable(wake)
+                try:
+                    packet = wake.recv(4 * WANTS_MAX)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    return
+                if not packet:
+                    return
+                wants = decode_wants(packet, len(artefact.manifest.chunks))
+                with self._engine.lock:
+                    artefact.fill.want(wants)
+                self._engine.kick(artefact.fill)
+                await anyio.sleep(WANTS_REST_S)
+        finally:
+            artefact.fill.drop_wake(holder, wake)
+
+    # --- files --------------------------------------------------------------------------------------------
+
+    async def _bring_files(self, artefact: Artefact, wanted: list[int]) -> ContentBytes:
+        sizes = artefact.manifest.chunks
+        ticket = await artefact.bring(self._engine, wanted, "landing")
+        given = dict(ticket.given)
+        total = sum(sizes[chunk].plain_bytes for chunk in wanted)
+        given["disk"] = given.get("disk", 0) + max(0, total - sum(given.values()))
+        return _content(given)
+
+    async def _open(self, digest: Digest, key_domain: str) -> Artefact:
+        artefact = self._artefacts.get(digest)
+        if artefact is None:
+            hasher = await anyio.to_thread.run_sync(self._keys.hasher, key_domain)
+            manifest = await anyio.to_thread.run_sync(
+                read_manifest, self._disk, self._origin, digest, key_domain, hasher
+            )
+            artefact = self._artefacts.setdefault(digest, Artefact(digest, manifest, self._origin, hasher))
         return artefact
 
-    def _read_manifest(self, digest: Digest) -> Manifest:
-        cached = self._disk.cached_manifest(digest)
-        if cached is not None:
-            return cached
-        key = manifest_key(PUBLIC_DOMAIN, digest)
-        size = self._origin.size(key)
-        if size > MANIFEST_BYTES_MAX:
-            raise CorruptContentError(
-                f"manifest has {size} bytes (manifest_bytes_max={MANIFEST_BYTES_MAX})",
-                where=key,
-                next_step="push the artefact again",
-            )
-        data = bytearray(size)
-        self._origin.read_range(key, 0, memoryview(data))
-        return decode_manifest(bytes(data), expected=digest)
-
-    async def _open_landing(self, digest: Digest, artefact: _Artefact) -> Landing:
+    async def _open_landing(self, digest: Digest, artefact: Artefact) -> Landing:
         if artefact.landing is not None and artefact.has_room:
             self._disk.touch(digest)
             return artefact.landing
@@ -234,42 +301,18 @@ class ContentStore:
             landing = artefact.landing
             if landing is None:
                 landing = await anyio.to_thread.run_sync(self._disk.open_landing, digest, artefact.manifest)
-            artefact.landing = landing
+            with self._engine.lock:
+                artefact.fill.landing = landing
         return landing
 
-    def _write_behind(self, digest: Digest, artefact: _Artefact) -> anyio.Event:
+    def _complete_behind(self, artefact: Artefact, landing: Landing) -> anyio.Event:
+        if self._tasks is None:
+            raise RuntimeError("the store does not run")
         if artefact.behind is None:
             artefact.behind = anyio.Event()
             artefact.behind_error = None
-            self._behind.append(digest)
-            self._behind_wake.set()
+            self._tasks.start_soon(self._completer.complete, artefact, landing, artefact.fill.area)
         return artefact.behind
-
-    async def _complete_directory(self, digest: Digest, artefact: _Artefact, landing: Landing) -> None:
-        undurable = 0
-
-        def sync_often(length: int) -> None:
-            nonlocal undurable
-            undurable += length
-            if undurable >= DIRTY_BYTES_MAX:
-                landing.sync()
-                undurable = 0
-
-        area = self._ram.get(digest)
-        sources = _sources(landing, area, artefact.packs)
-        with self._at_work(digest):
-            missing = [chunk for chunk in artefact.all_chunks if not landing.is_verified(chunk)]
-            try:
-                await self._behind_fetcher.bring(
-                    artefact.manifest, missing, sources, into_landing(landing), on_batch=sync_often
-                )
-                await anyio.to_thread.run_sync(landing.sync)
-            except SnowdropError as error:
-                # Not lost: whoever waits for the directory is told, and asking again tries again.
-                artefact.behind_error = error
-        done, artefact.behind = artefact.behind, None
-        if done is not None:
-            done.set()
 
     @contextmanager
     def _at_work(self, digest: Digest) -> Iterator[None]:
@@ -281,9 +324,12 @@ class ContentStore:
             self._pins.release(worker)
 
 
-def _sources(landing: Landing, area: Area | None, packs: PackSource) -> list[ChunkSource]:
-    """Nearest first."""
-    return [landing, packs] if area is None else [landing, area, packs]
+def _no_directory(manifest: Manifest, instead: str) -> StorageFullError:
+    return StorageFullError(
+        f"the directory needs {manifest.total_bytes} bytes in the node's cache",
+        where="disk_bytes_max",
+        next_step=f"raise disk_bytes_max, or {instead}",
+    )
 
 
 @contextmanager
@@ -293,31 +339,41 @@ def _span(spans: list[Span], name: str) -> Iterator[None]:
     spans.append(Span(name=name, start_unix_ns=begun, end_unix_ns=time.time_ns(), parent="mount"))
 
 
-def _content(manifest: Manifest, given: dict[int, Tier]) -> ContentBytes:
-    totals: dict[Tier, int] = dict.fromkeys(("ram", "disk", "peer", "origin"), 0)
-    for chunk, tier in given.items():
-        totals[tier] += manifest.chunks[chunk].plain_bytes
-    return ContentBytes(ram=totals["ram"], disk=totals["disk"], peer=totals["peer"], origin=totals["origin"])
+def _content(given: dict[Tier, int]) -> ContentBytes:
+    return ContentBytes(
+        ram=given.get("ram", 0),
+        disk=given.get("disk", 0),
+        peer=given.get("peer", 0),
+        origin=given.get("origin", 0),
+    )
 
 
 @asynccontextmanager
 async def open_store(
     settings: DataPlaneSettings, *, origin: Origin | None = None, disk: DiskTier | None = None
 ) -> AsyncIterator[ContentStore]:
-    """A store over the settings' origin and cache directory, writing behind until the block ends.
+    """A store over the settings' origin and cache directory, working until the block ends.
 
     `origin` and `disk` replace those of the settings, for tests. Raises InvalidInputError, ConflictError.
     """
     origin = origin or open_origin(settings.origin_url, settings.origin)
     disk = disk or DiskTier(Path(settings.cache_directory), settings.disk_bytes_max)
-    ram = RamTier(settings.ram_bytes_max)
+    pool = SlabPool(big_bytes=settings.big_slab_bytes, small_bytes=settings.slab_bytes)
+    ram = RamTier(settings.ram_bytes_max, pool)
+    engine = FetchEngine(settings.fetch_threads)
     await anyio.to_thread.run_sync(disk.open)
-    store = ContentStore(origin, ram, disk, fetch_threads=settings.fetch_threads)
+    areas = Areas(ram, engine, pool_bytes=settings.pool_bytes)
+    store = ContentStore(origin, areas, disk, engine, Keys(settings.keys_directory))
+    engine.start()
+    is_quiet = False
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(store.run)
+            await tasks.start(store.run)
             yield store
             tasks.cancel_scope.cancel()
     finally:
-        ram.close()
+        with anyio.CancelScope(shield=True):
+            is_quiet = await anyio.to_thread.run_sync(engine.close)
+        if is_quiet:
+            ram.close()
         disk.close()

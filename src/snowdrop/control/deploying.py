@@ -79,7 +79,9 @@ class Deploying:
             record = await self._state.get_model(tenant, ModelName(model.name))
             if record is None:
                 raise unknown_model(model.name)
-            models.append(BoundModel(name=record.name, param=model.param, artefact=record.artefact))
+            models.append(
+                BoundModel(name=record.name, param=model.param, artefact=record.artefact, lazy=model.lazy)
+            )
         revision = Revision(
             id=RevisionId(fresh_id("rev")),
             tenant=tenant,

@@ -15,6 +15,7 @@ class BoundModel(msgspec.Struct, frozen=True, kw_only=True):
     name: ModelName
     param: str
     artefact: ArtefactRef
+    lazy: bool = False
 
 
 class Revision(msgspec.Struct, frozen=True, kw_only=True):

@@ -80,10 +80,14 @@ class ResourceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A pushed model, by name; `param` is the startup parameter it is handed to (set by the decorator)."""
+    """A pushed model, by name; `param` is the startup parameter it is handed to (set by the decorator).
+
+    Of a `lazy` one only those tensors are brought to the node that `startup` asks for, as slices need.
+    """
 
     name: str
     param: str = "model"
+    lazy: bool = False
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):

@@ -67,6 +67,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
 class ContentSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Where content comes from and how much of it the node keeps. An empty origin is a folder in the state.
 
+    `ram_bytes_max` bounds landing areas and what is kept ready for them, of which there are `pool_bytes`.
     Secrets are no settings: they come from the environment, or from `origin_credentials_file`. The two limits of
     bytes per second are of this node, 0 is none; `tenant_bytes_per_s_max` holds for each tenant by itself.
     """
@@ -81,8 +82,9 @@ class ContentSettings(msgspec.Struct, frozen=True, kw_only=True):
     tenant_bytes_per_s_max: Bytes = 0
     collect_grace_s: Grace = 86_400.0
     ram_bytes_max: SomeBytes = 4 << 30
+    pool_bytes: Bytes = 1 << 30
     disk_bytes_max: SomeBytes = 100 << 30
-    fetch_threads: Workers = 4
+    fetch_threads: Workers = 8
 
     def origin_options(self) -> OriginOptions:
         """How to reach `origin_url`."""

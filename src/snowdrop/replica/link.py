@@ -19,15 +19,29 @@ from snowdrop.domain.errors import ErrorBody, ProtocolError, TimedOutError, erro
 from snowdrop.replica.stages import EXIT_AGENT_GONE
 from snowdrop.wire.codec import Message
 from snowdrop.wire.packet import PacketChannel
-from snowdrop.wire.replica import DirectoryReady, Drain, ToReplica, WaitForDirectory
+from snowdrop.wire.replica import (
+    DirectoryReady,
+    Drain,
+    ModelHandle,
+    ModelRenewed,
+    RenewModel,
+    ToReplica,
+    WaitForDirectory,
+)
 
 SEND_S_MAX = 10
 """An agent that takes nothing for so long is treated as gone."""
 
 
+RENEW_S_MAX = 60.0
+"""How long the agent may take to give a model again; a data plane that died is there again in a second."""
+
+
 class _Wait(msgspec.Struct):
     done: threading.Event
     error: ErrorBody | None = None
+    handle: ModelHandle | None = None
+    fds: tuple[int, ...] = ()
 
 
 def leave_at_once() -> None:
@@ -48,6 +62,7 @@ class AgentLink:
         self._on_gone = on_gone
         self._lock = threading.Lock()
         self._waits: dict[str, _Wait] = {}
+        self._renewals: dict[str, list[_Wait]] = {}
         self._drain: Drain | None = None
         self._on_drain: Callable[[Drain], None] | None = None
 
@@ -86,10 +101,33 @@ class AgentLink:
         if wait.error is not None:
             raise error_from_body(wait.error)
 
+    def renew_model(self, model: str) -> tuple[ModelHandle, tuple[int, ...]]:
+        """Asks for the model again, for its data plane is gone; the descriptors are the caller's.
+
+        Blocks. Raises what the agent says, or TimedOutError.
+        """
+        wait = _Wait(threading.Event())
+        with self._lock:
+            self._renewals.setdefault(model, []).append(wait)
+        self.send(RenewModel(model=model))
+        if not wait.done.wait(RENEW_S_MAX):
+            raise TimedOutError(
+                f"the node does not give model {model!r} again",
+                where=f"renew_s_max={RENEW_S_MAX:g}",
+                next_step="see the agent's log in the state folder",
+            )
+        if wait.error is not None:
+            raise error_from_body(wait.error)
+        if wait.handle is None:
+            raise ProtocolError("the model was given again without a handle", where="agent link")
+        return wait.handle, wait.fds
+
     def _read(self) -> None:
         try:
             while True:
                 message, fds = self._channel.receive_blocking()
+                if isinstance(message, ModelRenewed) and self._renewed(message, fds):
+                    continue
                 for fd in fds:
                     os.close(fd)
                 self._handle(message)
@@ -99,8 +137,21 @@ class AgentLink:
             print(f"agent link: {error}", file=sys.stderr)
         self._on_gone()
 
+    def _renewed(self, message: ModelRenewed, fds: tuple[int, ...]) -> bool:
+        """Gives an answer to whoever waits longest; False if nobody does."""
+        with self._lock:
+            waits = self._renewals.get(message.model)
+            wait = waits.pop(0) if waits else None
+        if wait is None:
+            return False
+        wait.error, wait.handle, wait.fds = message.error, message.handle, fds
+        wait.done.set()
+        return True
+
     def _handle(self, message: ToReplica) -> None:
         match message:
+            case ModelRenewed():
+                pass  # its asker has given up
             case DirectoryReady():
                 with self._lock:
                     wait = self._waits.pop(message.model, None)

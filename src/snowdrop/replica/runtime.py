@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 
 from snowdrop.domain.errors import TimedOutError
 from snowdrop.domain.receipt import Span
@@ -74,6 +75,7 @@ class Runtime:
         self._import_spans: tuple[Span, ...] = ()
         self._lifecycle = Lifecycle()
         self._exit_code = EXIT_OK
+        self._loading: list[LoadedModel] = []
 
     def run(self) -> int:
         code_directory = Path(self._boot.code_directory)
@@ -150,6 +152,7 @@ class Runtime:
     async def _startup(self) -> None:
         try:
             await self._servable.start({handle.param: self._load(handle) for handle in self._boot.models})
+            await anyio.to_thread.run_sync(self._wait_complete)
         except UserRaised as error:
             await self._events.send(self._stage_raised("startup", error))
             return
@@ -185,8 +188,22 @@ class Runtime:
         return StageRaised(error=stage_error(error, stage, Path(self._boot.code_directory)).body())
 
     def _load(self, handle: ModelHandle) -> LoadedModel:
-        wait = partial(self._link.wait_directory, handle.name, self._boot.spec.startup_s_max)
-        return LoadedModel.from_handle(handle, None if handle.area_fd < 0 else self._fds[handle.area_fd], wait)
+        s_max = self._boot.spec.startup_s_max
+        model = LoadedModel.from_handle(
+            handle,
+            self._fds,
+            wait_directory=partial(self._link.wait_directory, handle.name, s_max),
+            renew=partial(self._link.renew_model, handle.name),
+            wait_s_max=s_max,
+        )
+        if not handle.lazy:
+            self._loading.append(model)
+        return model
+
+    def _wait_complete(self) -> None:
+        """All tensors are on the node: no request may wait for the network, or find that they never come."""
+        while self._loading:
+            self._loading.pop().wait_complete(self._boot.spec.startup_s_max)
 
 
 def _span(name: str, start_unix_ns: int, end_unix_ns: int, *, parent: str = "") -> Span:

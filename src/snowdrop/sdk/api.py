@@ -156,7 +156,8 @@ def _given_models(model: object, models: object) -> tuple[Any, ...]:
             next_step='give `models={"encoder": sd.Model("a"), ...}` alone, or `model`',
         )
     return tuple(
-        Model(each.name, param=param) if isinstance(each, Model) else each for param, each in models.items()
+        Model(each.name, param=param, lazy=each.lazy) if isinstance(each, Model) else each
+        for param, each in models.items()
     )
 
 

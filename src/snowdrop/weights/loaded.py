@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from snowdrop.content.cut import load_order_key
 from snowdrop.content.paths import parse_tree_path
+from snowdrop.content.progress import ProgressReader
 from snowdrop.content.safetensors import SUFFIX
-from snowdrop.domain.errors import InvalidInputError, NotFoundError
-from snowdrop.weights.area import AreaSource, map_area
+from snowdrop.domain.errors import InvalidInputError, NotFoundError, SnowdropError
+from snowdrop.weights.area import AreaSource, MappedArea, map_area
 from snowdrop.weights.diskfile import DiskFile
 from snowdrop.weights.feeds import Source
 from snowdrop.weights.files import FileSource
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
+Renew = Callable[[], tuple[ModelHandle, tuple[int, ...]]]
+"""Gets a model again; the descriptors belong to the caller."""
 Names = str | Sequence[str] | None
 
 
@@ -48,19 +54,26 @@ class LoadedModel:
     def from_handle(
         cls,
         handle: ModelHandle,
-        area_fd: int | None,
+        fds: tuple[int, ...],
+        *,
         wait_directory: Callable[[], None],
-        wait_s_max: float = 600.0,
+        renew: Renew,
+        wait_s_max: float,
     ) -> LoadedModel:
         """From what the agent gave the replica.
 
-        `area_fd` stays the caller's, who may close it at once; None without a landing area. `wait_directory`
-        blocks until the directory is complete, or raises why it never will be.
+        `fds` are indexed by the handle and stay the caller's, who may close them at once. `wait_directory` blocks
+        until the directory is complete, or raises why it never will be; `renew` gets the model again when the
+        data plane that was filling its area is gone. A wait for tensors takes at most `wait_s_max`.
         """
         source: Source = FileSource(())
-        if area_fd is not None:
-            area = map_area(handle.area_files, handle.area_bytes, [area_fd], [handle.area_bytes], None)
-            source = AreaSource(area, wait_s_max=wait_s_max)
+        if handle.slabs:
+            source = AreaSource(
+                _mapped(handle, fds),
+                is_lazy=handle.lazy,
+                wait_s_max=wait_s_max,
+                renew=partial(_map_again, renew),
+            )
         return cls(handle.name, Path(handle.directory), source, wait_directory)
 
     @classmethod
@@ -99,6 +112,8 @@ class LoadedModel:
         if relpath in self._source.paths:
             return self.path / relpath
         found = self._directory / relpath
+        if not found.is_file():
+            found = self.path / relpath  # a large one follows behind
         if not found.is_file():
             raise NotFoundError(
                 f"model {self.name!r} has no file {relpath!r}",
@@ -225,3 +240,27 @@ class LoadedModel:
         chosen = (names,) if isinstance(names, str) else None if names is None else tuple(names)
         request = Request(file=file, names=chosen, rank=rank, world=world, split=split, order=order)
         return plan_of(self._source, request)
+
+
+def _mapped(handle: ModelHandle, fds: tuple[int, ...]) -> MappedArea:
+    reader = ProgressReader(fds[handle.progress_fd], socket.socket(fileno=os.dup(fds[handle.wake_fd])))
+    try:
+        return map_area(
+            handle.area_files,
+            handle.area_bytes,
+            [fds[slab.fd] for slab in handle.slabs],
+            [slab.size for slab in handle.slabs],
+            reader,
+        )
+    except SnowdropError:
+        reader.close()
+        raise
+
+
+def _map_again(renew: Renew) -> MappedArea:
+    handle, fds = renew()
+    try:
+        return _mapped(handle, fds)
+    finally:
+        for fd in fds:
+            os.close(fd)

@@ -1,7 +1,7 @@
 """Agent <-> data plane, over a packet channel.
 
 One request has one id; the agent may have many under way. An answer to Ensure carries the landing area's
-descriptor, read-only for whoever gets it.
+descriptors, read-only for whoever gets them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from snowdrop.wire.replica import AreaFile
 class Ensure(Message, frozen=True, kw_only=True):
     """Bring an artefact to this node and pin it for `holder` until Release.
 
-    With `map_tensors` its tensor files are landed in a memory area; the other files are in the directory
-    when the answer comes. Tensor files reach the directory behind (WaitDirectory).
+    With `map_tensors` its tensor files get a landing area, which is filled from then on (WaitFilled), with `lazy`
+    only as its readers ask; small other files are in the directory when the answer comes. The rest reaches the
+    directory behind (WaitDirectory).
     """
 
     request: int
@@ -25,6 +26,16 @@ class Ensure(Message, frozen=True, kw_only=True):
     manifest: Digest
     holder: str
     map_tensors: bool
+    lazy: bool = False
+    key_domain: str = "public"
+
+
+class WaitFilled(Message, frozen=True, kw_only=True):
+    """Answer (Filled) once the area that `holder` was given is filled, or at once if it is lazy."""
+
+    request: int
+    manifest: Digest
+    holder: str
 
 
 class WaitDirectory(Message, frozen=True, kw_only=True):
@@ -47,12 +58,25 @@ class Cancel(Message, frozen=True, kw_only=True):
 
 
 class Ensured(Message, frozen=True, kw_only=True):
-    """Comes with one descriptor if `area_bytes` > 0. `directory` is a host path to be mounted read-only."""
+    """`directory` is a host path to be mounted read-only.
+
+    If `slab_bytes` is not empty, descriptors come along: one for each slab, then the progress map, then the socket
+    that goes with it. `content` are the bytes of the files only.
+    """
 
     request: int
     directory: str
+    slab_bytes: tuple[int, ...]
     area_bytes: int
     area_files: tuple[AreaFile, ...]
+    content: ContentBytes
+    spans: tuple[Span, ...]
+
+
+class Filled(Message, frozen=True, kw_only=True):
+    """The area is filled; where its bytes came from, and how long that took."""
+
+    request: int
     content: ContentBytes
     spans: tuple[Span, ...]
 
@@ -68,8 +92,8 @@ class Refused(Message, frozen=True, kw_only=True):
     error: ErrorBody
 
 
-ToDataPlane = Ensure | WaitDirectory | Release | Cancel
-FromDataPlane = Ensured | Completed | Refused
+ToDataPlane = Ensure | WaitFilled | WaitDirectory | Release | Cancel
+FromDataPlane = Ensured | Filled | Completed | Refused
 
 TO_DATA_PLANE: Codec[ToDataPlane] = Codec(ToDataPlane)
 FROM_DATA_PLANE: Codec[FromDataPlane] = Codec(FromDataPlane)

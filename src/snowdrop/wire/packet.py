@@ -18,7 +18,8 @@ from snowdrop.wire.codec import Codec, Message
 
 PACKET_BYTES_MAX = 192 << 10
 """Below the default socket buffer, so that a packet never fails for its size alone."""
-PACKET_FDS_MAX = 64
+PACKET_FDS_MAX = 250
+"""The kernel's own limit is 253."""
 
 In = TypeVar("In")
 

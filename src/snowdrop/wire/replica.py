@@ -23,23 +23,35 @@ class AreaFile(msgspec.Struct, frozen=True, array_like=True):
     size: int
 
 
+class SlabHandle(msgspec.Struct, frozen=True, array_like=True):
+    """A part of a landing area: `fd` indexes the descriptors that came with the message."""
+
+    fd: int
+    size: int
+
+
 class ModelHandle(msgspec.Struct, frozen=True, kw_only=True):
     """A model given to a replica.
 
-    `directory` is where its files appear; `area_fd` indexes the descriptors that came with Boot and is -1 if
-    the model has no tensor files. The area holds the files of `area_files`, each aligned to 4096 bytes.
+    `directory` is where its files appear. Its landing area is `slabs` side by side, and none if it has no tensor
+    files; the area holds the files of `area_files`, each aligned to 4096 bytes, and may still be filled:
+    `progress_fd` is the map that says how far, `wake_fd` the socket that goes with it (`content.progress`). Both
+    index descriptors, as those of the slabs do, and are -1 without an area. A `lazy` one is filled only as asked.
     """
 
     name: str
     param: str
     directory: str
-    area_fd: int
-    area_bytes: int
-    area_files: tuple[AreaFile, ...]
+    area_bytes: int = 0
+    area_files: tuple[AreaFile, ...] = ()
+    slabs: tuple[SlabHandle, ...] = ()
+    progress_fd: int = -1
+    wake_fd: int = -1
+    lazy: bool = False
 
 
 class Boot(Message, frozen=True, kw_only=True):
-    """Agent -> replica, once, with descriptors: index 0 is the listening socket, then areas by `area_fd`."""
+    """Agent -> replica, once, with descriptors: index 0 is the listening socket, then those of the models."""
 
     version: int
     key: ReplicaKey
@@ -59,6 +71,20 @@ class DirectoryReady(Message, frozen=True, kw_only=True):
     """Agent -> replica: the directory is complete and verified, or why it never will be."""
 
     model: str
+    error: ErrorBody | None = None
+
+
+class RenewModel(Message, frozen=True, kw_only=True):
+    """Replica -> agent: the data plane that filled the model's area is gone; the model is needed again."""
+
+    model: str
+
+
+class ModelRenewed(Message, frozen=True, kw_only=True):
+    """Agent -> replica: the model in a new area, with descriptors by their index, or why it cannot be had."""
+
+    model: str
+    handle: ModelHandle | None = None
     error: ErrorBody | None = None
 
 
@@ -97,8 +123,8 @@ class Drained(Message, frozen=True, kw_only=True):
     """Replica -> agent: `shutdown` has run; the process exits next."""
 
 
-ToReplica = Boot | DirectoryReady | Drain
-FromReplica = WaitForDirectory | Booted | Imported | Ready | StageFailed | Drained
+ToReplica = Boot | DirectoryReady | ModelRenewed | Drain
+FromReplica = WaitForDirectory | RenewModel | Booted | Imported | Ready | StageFailed | Drained
 
 TO_REPLICA: Codec[ToReplica] = Codec(ToReplica)
 FROM_REPLICA: Codec[FromReplica] = Codec(FromReplica)

@@ -23,33 +23,54 @@ from snowdrop.wire.dataplane import (
     Completed,
     Ensure,
     Ensured,
+    Filled,
+    FromDataPlane,
     Refused,
     Release,
     WaitDirectory,
+    WaitFilled,
 )
 from snowdrop.wire.packet import PacketChannel, packet_pair
 from snowdrop.wire.replica import AreaFile
 
 SEND_S_MAX = 10.0
 """A data plane that takes no message for so long is treated as gone."""
-Answer = TypeVar("Answer", Ensured, Completed)
+Answer = TypeVar("Answer", Ensured, Filled, Completed)
+
+
+class EnsuredArea(msgspec.Struct, frozen=True, kw_only=True):
+    """A landing area that is being filled. `slab_fds` go with `slab_bytes`; all descriptors are the caller's."""
+
+    slab_fds: tuple[int, ...]
+    slab_bytes: tuple[int, ...]
+    area_bytes: int
+    files: tuple[AreaFile, ...]
+    progress_fd: int
+    wake_fd: int
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        return (*self.slab_fds, self.progress_fd, self.wake_fd)
 
 
 class EnsuredContent(msgspec.Struct, frozen=True, kw_only=True):
-    """An artefact on this node. `area_fd` belongs to the caller, who must close it; None without an area."""
+    """An artefact on this node. The descriptors of `area` belong to the caller, who calls `close`."""
 
     directory: Path
-    area_fd: int | None
-    area_bytes: int
-    area_files: tuple[AreaFile, ...]
+    area: EnsuredArea | None
     content: ContentBytes
     spans: tuple[Span, ...]
+
+    def close(self) -> None:
+        """Closes the area's descriptors; mappings made from them stay. To be called once."""
+        for fd in self.area.fds if self.area is not None else ():
+            os.close(fd)
 
 
 class _Pending:
     def __init__(self) -> None:
         self.done = anyio.Event()
-        self.answer: Ensured | Completed | None = None
+        self.answer: Ensured | Filled | Completed | None = None
         self.error: SnowdropError | None = None
         self.fds: tuple[int, ...] = ()
 
@@ -84,26 +105,47 @@ class DataPlane:
             self._channel.close()
 
     async def ensure(
-        self, tenant: TenantId, manifest: Digest, holder: str, *, map_tensors: bool
+        self,
+        tenant: TenantId,
+        manifest: Digest,
+        holder: str,
+        *,
+        map_tensors: bool,
+        lazy: bool = False,
+        key_domain: str = "public",
     ) -> EnsuredContent:
         """Brings an artefact to this node, pinned for `holder` until `release(holder)`.
 
-        A caller that is cancelled, or that fails after this, releases the holder.
+        Its area, if it has one, is filled from now on: see `wait_filled`. A caller that is cancelled, or that
+        fails after this, releases the holder.
         """
         request = self._take_number()
-        answer, fds = await self._call(
-            Ensure(request=request, tenant=tenant, manifest=manifest, holder=holder, map_tensors=map_tensors),
-            request,
-            Ensured,
+        message = Ensure(
+            request=request,
+            tenant=tenant,
+            manifest=manifest,
+            holder=holder,
+            map_tensors=map_tensors,
+            lazy=lazy,
+            key_domain=key_domain,
         )
+        answer, fds = await self._call(message, request, Ensured)
         return EnsuredContent(
             directory=Path(answer.directory),
-            area_fd=fds[0] if fds else None,
-            area_bytes=answer.area_bytes,
-            area_files=answer.area_files,
+            area=_area(answer, fds),
             content=answer.content,
             spans=answer.spans,
         )
+
+    async def wait_filled(self, manifest: Digest, holder: str) -> Filled:
+        """Returns once the area that `holder` was given is filled, with its bytes by tier and its spans.
+
+        For a lazy holder at once, with what has come so far. Raises why the area cannot be filled.
+        """
+        request = self._take_number()
+        message = WaitFilled(request=request, manifest=manifest, holder=holder)
+        answer, _ = await self._call(message, request, Filled)
+        return answer
 
     async def wait_directory(self, manifest: Digest) -> None:
         """Returns once the artefact's directory holds every file, verified and durable."""
@@ -148,7 +190,7 @@ class DataPlane:
         except PlatformDownError:
             return
 
-    def _settle(self, message: Ensured | Completed | Refused, fds: tuple[int, ...]) -> None:
+    def _settle(self, message: FromDataPlane, fds: tuple[int, ...]) -> None:
         pending = self._pending.get(message.request)
         if pending is None or pending.done.is_set():
             # Its caller has given up meanwhile.
@@ -171,6 +213,23 @@ class DataPlane:
                     await self._channel.send(message)
             except (OSError, anyio.ClosedResourceError) as error:
                 raise _down() from error
+
+
+def _area(answer: Ensured, fds: tuple[int, ...]) -> EnsuredArea | None:
+    if not answer.slab_bytes:
+        return None
+    if len(fds) != len(answer.slab_bytes) + 2:
+        for fd in fds:
+            os.close(fd)
+        raise ProtocolError(f"{len(fds)} descriptors for {len(answer.slab_bytes)} slabs", where="data plane")
+    return EnsuredArea(
+        slab_fds=fds[:-2],
+        slab_bytes=answer.slab_bytes,
+        area_bytes=answer.area_bytes,
+        files=answer.area_files,
+        progress_fd=fds[-2],
+        wake_fd=fds[-1],
+    )
 
 
 def _down() -> PlatformDownError:

@@ -17,9 +17,12 @@ from snowdrop.wire.dataplane import (
     Completed,
     Ensure,
     Ensured,
+    Filled,
     Refused,
     Release,
+    ToDataPlane,
     WaitDirectory,
+    WaitFilled,
 )
 from snowdrop.wire.packet import PacketChannel
 
@@ -46,9 +49,7 @@ async def serve_store(sock: socket.socket, store: ContentStore) -> None:
 
 
 class _Session:
-    def __init__(
-        self, channel: PacketChannel[Ensure | WaitDirectory | Release | Cancel], store: ContentStore
-    ) -> None:
+    def __init__(self, channel: PacketChannel[ToDataPlane], store: ContentStore) -> None:
         self._channel = channel
         self._store = store
         self._scopes: dict[int, anyio.CancelScope] = {}
@@ -86,12 +87,17 @@ class _Session:
         if scope is not None:
             scope.cancel()
 
-    async def _answer(self, message: Ensure | WaitDirectory, scope: anyio.CancelScope) -> None:
+    async def _answer(self, message: Ensure | WaitFilled | WaitDirectory, scope: anyio.CancelScope) -> None:
         try:
             with scope:
                 try:
                     if isinstance(message, Ensure):
                         await self._ensure(message)
+                    elif isinstance(message, WaitFilled):
+                        filled = await self._store.wait_filled(message.manifest, message.holder)
+                        await self._send(
+                            Filled(request=message.request, content=filled.content, spans=filled.spans)
+                        )
                     else:
                         await self._store.wait_directory(message.manifest)
                         await self._send(Completed(request=message.request))
@@ -102,29 +108,40 @@ class _Session:
 
     async def _ensure(self, message: Ensure) -> None:
         landed = await self._store.ensure(
-            message.tenant, message.manifest, message.holder, map_tensors=message.map_tensors
+            message.tenant,
+            message.manifest,
+            message.holder,
+            map_tensors=message.map_tensors,
+            lazy=message.lazy,
+            key_domain=message.key_domain,
         )
         self._holders.add(message.holder)
         area = landed.area
-        # A descriptor of its own: a Release while the answer waits to be sent must not close it.
-        fds = (os.dup(area.fileno()),) if area is not None else ()
+        # Descriptors of its own: a Release while the answer waits to be sent must not close them.
+        fds: list[int] = []
         answered = False
         try:
+            if area is not None and landed.wake is not None:
+                sources = (*(slab.fd for slab in area.slabs), area.progress.fileno(), landed.wake.fileno())
+                fds += [os.dup(fd) for fd in sources]
             await self._send(
                 Ensured(
                     request=message.request,
                     directory=str(landed.directory),
+                    slab_bytes=tuple(slab.size for slab in area.slabs) if area is not None else (),
                     area_bytes=area.layout.size if area is not None else 0,
                     area_files=area.layout.files if area is not None else (),
                     content=landed.content,
                     spans=landed.spans,
                 ),
-                fds,
+                tuple(fds),
             )
             answered = True
         finally:
             for fd in fds:
                 os.close(fd)
+            if landed.wake is not None:
+                landed.wake.close()
             if not answered:
                 self._store.drop(message.holder, message.manifest)
 

@@ -1,0 +1,171 @@
+"""What this node knows of one artefact: its manifest, what brings its chunks, where they are."""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import anyio
+
+from snowdrop.content.disk import DiskTier
+from snowdrop.content.fetch import FetchEngine
+from snowdrop.content.fill import Fill
+from snowdrop.content.keys import Hasher, Keyring, load_keyring
+from snowdrop.content.landing import Landing
+from snowdrop.content.layout import manifest_key
+from snowdrop.content.manifest import decode_manifest
+from snowdrop.content.origin import Origin
+from snowdrop.content.placement import AreaLayout, area_layout, header_chunks
+from snowdrop.content.runs import Place, Ticket
+from snowdrop.content.source import PackSource, bad_chunks
+from snowdrop.domain.errors import CorruptContentError, NotFoundError, SnowdropError, error_from_body
+from snowdrop.domain.ids import Digest
+from snowdrop.domain.manifest import MANIFEST_BYTES_MAX, Extent, FileEntry, Manifest
+from snowdrop.policy.prefetch import URGENT
+
+EAGER_BYTES_MAX = 16 << 20
+"""Files without tensors up to this size are in the directory before a replica starts; larger ones follow."""
+
+
+class Artefact:
+    """Made on the event loop, which owns everything but what the fill does in its threads."""
+
+    def __init__(self, digest: Digest, manifest: Manifest, origin: Origin, hasher: Hasher) -> None:
+        self.digest = digest
+        self.manifest = manifest
+        self.layout: AreaLayout = area_layout(manifest)
+        self.packs = PackSource(origin, manifest)
+        self.fill = Fill(
+            manifest,
+            self.layout,
+            header_chunks(manifest),
+            self.packs,
+            lambda first, count, view: bad_chunks(manifest, first, count, view, hasher),
+        )
+        self.fill.on_progress = self._progressed
+        self.has_room = True
+        self.preparing = anyio.Lock()
+        self.behind: anyio.Event | None = None
+        self.behind_error: SnowdropError | None = None
+        self.must_complete = False
+        self.eager_chunks = _chunks_of(manifest, lambda file: not file.tensors and file.size <= EAGER_BYTES_MAX)
+        self.all_chunks = _chunks_of(manifest, lambda _: True)
+        self._loop = asyncio.get_running_loop()
+        self._more = anyio.Event()
+        self._is_told = False
+
+    @property
+    def landing(self) -> Landing | None:
+        return self.fill.landing
+
+    async def more(self) -> None:
+        """Returns when chunks may have come since it last did."""
+        await self._more.wait()
+        self._more, self._is_told = anyio.Event(), False
+
+    def tell(self) -> None:
+        """Ends `more`; on the event loop."""
+        self._more.set()
+
+    async def bring(self, engine: FetchEngine, chunks: list[int], place: Place, rank: int = URGENT) -> Ticket:
+        """Waits until `chunks` are in their place; raises why they never will be. Cancelling stops the reads."""
+        done = anyio.Event()
+        ticket = Ticket(place, set(chunks), partial(self._call_soon, done.set), rank)
+        with engine.lock:
+            self.fill.open_ticket(ticket)
+        engine.kick(self.fill)
+        try:
+            await done.wait()
+        finally:
+            with engine.lock:
+                self.fill.close_ticket(ticket)
+        if ticket.error is not None:
+            # One of its own: several may wait, and each gets its own traceback.
+            raise error_from_body(ticket.error.body())
+        return ticket
+
+    def chunks_of(self, file: int, offset: int, length: int) -> list[int]:
+        """The chunks that a stretch of a file consists of; raises NotFoundError if there is no such stretch."""
+        return [extent.chunk for extent in self._extents(file, offset, length)]
+
+    def read_through(self, file: int, offset: int, length: int) -> bytes:
+        """A stretch of a file from wherever its chunks are, past the disk. Blocks; raises as the origin does."""
+        found = bytearray(length)
+        for extent in self._extents(file, offset, length):
+            data = memoryview(bytearray(self.manifest.chunks[extent.chunk].plain_bytes))
+            self.fill.read_verified(extent.chunk, data)
+            begin = max(offset, extent.file_offset)
+            end = min(offset + length, extent.file_offset + extent.length)
+            at = begin - extent.file_offset + extent.chunk_offset
+            found[begin - offset : end - offset] = data[at : at + end - begin]
+        return bytes(found)
+
+    def _extents(self, file: int, offset: int, length: int) -> list[Extent]:
+        if not 0 <= file < len(self.manifest.files):
+            raise NotFoundError(f"the artefact has no file {file}", where=self.digest)
+        entry = self.manifest.files[file]
+        if offset < 0 or length < 0 or offset + length > entry.size:
+            raise NotFoundError(f"{entry.path} has no bytes {offset} to {offset + length}", where=self.digest)
+        first = max(0, bisect_right(entry.extents, offset, key=lambda extent: extent.file_offset) - 1)
+        found: list[Extent] = []
+        for extent in entry.extents[first:]:
+            if extent.file_offset >= offset + length:
+                break
+            found.append(extent)
+        return found
+
+    def _progressed(self) -> None:
+        if not self._is_told:
+            self._is_told = True
+            self._call_soon(self.tell)
+
+    def _call_soon(self, call: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(call)
+
+
+def _chunks_of(manifest: Manifest, files: Callable[[FileEntry], bool]) -> list[int]:
+    return sorted({extent.chunk for entry in manifest.files if files(entry) for extent in entry.extents})
+
+
+class Keys:
+    """The node's content keys, read again when one is asked for that was not there before."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder) if folder else None
+        self._ring = Keyring()
+
+    def hasher(self, domain: str) -> Hasher:
+        """Blocks. Raises NotFoundError if the domain's key is not on this node."""
+        try:
+            return self._ring.hasher(domain)
+        except NotFoundError:
+            if self._folder is None:
+                raise
+            self._ring = load_keyring(self._folder)
+            return self._ring.hasher(domain)
+
+
+def read_manifest(disk: DiskTier, origin: Origin, digest: Digest, key_domain: str, hasher: Hasher) -> Manifest:
+    """The manifest, from the disk if it is there and right, else from the origin. Blocks.
+
+    Raises NotFoundError, IntegrityError, CorruptContentError and what the origin raises.
+    """
+    cached = disk.cached_manifest(digest)
+    if cached is not None:
+        return cached
+    key = manifest_key(key_domain, digest)
+    size = origin.size(key)
+    if size > MANIFEST_BYTES_MAX:
+        raise CorruptContentError(
+            f"manifest has {size} bytes (manifest_bytes_max={MANIFEST_BYTES_MAX})",
+            where=key,
+            next_step="push the artefact again",
+        )
+    data = bytearray(size)
+    origin.read_range(key, 0, memoryview(data))
+    return decode_manifest(bytes(data), expected=digest, hasher=hasher)

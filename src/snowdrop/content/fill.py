@@ -1,0 +1,370 @@
+"""One artefact's chunks on their way to their places: what is due, from where, for whom.
+
+A chunk has up to two places: the landing area (all of its stretches) and the landing directory. It is read once
+for both. All methods but `carry` and `wake` are called with the engine's lock held.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+from snowdrop.content.area import Area
+from snowdrop.content.landing import Landing
+from snowdrop.content.placement import READ_BYTES_MAX, AreaLayout
+from snowdrop.content.progress import FillState
+from snowdrop.content.runs import Outcome, Reader, Run, Ticket
+from snowdrop.content.source import ChunkSource, Tier, wrong_chunk
+from snowdrop.domain.errors import CorruptContentError, IntegrityError, SnowdropError
+from snowdrop.domain.manifest import Manifest
+from snowdrop.policy.prefetch import URGENT, WANTED, FetchOrder, load_order
+
+WRONG_READS_MAX = 3
+"""So often a chunk may come wrong from the last source: bytes get damaged on their way."""
+EASY_START_RUNS = 2
+"""Runs from the origin at once at the very start, one more with each that has come: bytes nobody waits for yet
+do not hold up the first tensor."""
+
+FindBad = Callable[[int, int, memoryview], list[int]]
+"""(first, count, bytes): those of the chunks whose bytes are not what their digests say."""
+
+
+class Fill:
+    """See the module. The area and the landing directory come and go; the fill stays with the artefact."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        layout: AreaLayout,
+        headers: list[int],
+        last: ChunkSource,
+        find_bad: FindBad,
+    ) -> None:
+        """`headers` are the chunks with the headers of the area's files; `last` is asked when no other has one."""
+        self.manifest = manifest
+        self.layout = layout
+        self.area: Area | None = None
+        self.landing: Landing | None = None
+        self.siblings: ChunkSource | None = None
+        self.last = last
+        self.readers: dict[str, Reader] = {}
+        self.flights = 0
+        self.completed_unix_ns = 0
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called in a thread when a run has been carried."""
+        self._headers = headers
+        self._order = FetchOrder(load_order(headers, layout.places))
+        self._find_bad = find_bad
+        self._tickets: list[Ticket] = []
+        self._in_flight = bytearray(len(manifest.chunks))
+        self._landing_goal = bytearray(len(manifest.chunks))
+        self._wrong_reads: Counter[int] = Counter()
+        self._area_failed = False
+        self._runs_done = 0
+        self._wake_lock = threading.Lock()
+
+    # --- who wants what -----------------------------------------------------------------------------------
+
+    @property
+    def is_whole_wanted(self) -> bool:
+        return any(not reader.is_lazy for reader in self.readers.values())
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is under way or may be taken next."""
+        return self.flights > 0 or bool(self.readers) or bool(self._tickets)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a run would be taken now."""
+        if not self._tickets and not self.readers:
+            return False
+        return self._order.next(self._is_due, whole=self.is_whole_wanted) is not None
+
+    def attach(self, holder: str, wake: socket.socket | None, *, is_lazy: bool) -> Reader:
+        """`holder` reads the area from now on. A fill that had failed is tried again."""
+        with self._wake_lock:
+            reader = self.readers.setdefault(holder, Reader(is_lazy=is_lazy))
+            reader.is_lazy &= is_lazy
+            if wake is not None:
+                reader.wakes.append(wake)
+        if self._area_failed:
+            self._area_failed = False
+            self._wrong_reads.clear()
+            if self.area is not None:
+                self.area.set_state(FillState.FILLING)
+        self._order.rewind()
+        if is_lazy:
+            self._order.want(self._headers)
+        self._settle_area()
+        return reader
+
+    def detach(self, holder: str) -> None:
+        """`holder` no longer reads; without any reader nothing new is fetched for the area."""
+        with self._wake_lock:
+            reader = self.readers.pop(holder, None)
+            for wake in reader.wakes if reader is not None else ():
+                # Whoever listens to it finds its end and closes it.
+                with suppress(OSError):
+                    wake.shutdown(socket.SHUT_RDWR)
+        if not self.readers:
+            self._order.forget()
+            for ticket in self._tickets:
+                self._queue(ticket)
+
+    def drop_wake(self, holder: str, wake: socket.socket) -> None:
+        """The reader has closed its end."""
+        with self._wake_lock:
+            reader = self.readers.get(holder)
+            if reader is not None and wake in reader.wakes:
+                reader.wakes.remove(wake)
+            wake.close()
+
+    def want(self, chunks: Iterable[int]) -> None:
+        """A reader waits for these, most urgent first."""
+        self._order.want((chunk for chunk in chunks if chunk in self.layout.places), WANTED)
+
+    def open_ticket(self, ticket: Ticket) -> None:
+        """Ends at once if nothing is missing."""
+        if ticket.place == "area":
+            ticket.remaining = {chunk for chunk in ticket.remaining if not self._is_in_area(chunk)}
+        else:
+            ticket.remaining = {chunk for chunk in ticket.remaining if not self._is_on_disk(chunk)}
+            for chunk in ticket.remaining:
+                self._wrong_reads.pop(chunk, None)
+        if not ticket.remaining:
+            ticket.on_end()
+            return
+        self._tickets.append(ticket)
+        if ticket.place == "landing":
+            for chunk in ticket.remaining:
+                self._landing_goal[chunk] = 1
+        self._queue(ticket)
+
+    def close_ticket(self, ticket: Ticket) -> None:
+        """Nobody waits any more; what only this ticket wanted is not fetched."""
+        if ticket in self._tickets:
+            self._tickets.remove(ticket)
+            self._renew_goals(ticket.remaining)
+
+    # --- what is next -------------------------------------------------------------------------------------
+
+    def next_run(self, has_room: Callable[[Tier, int], bool]) -> Run | None:
+        """Takes the next run; `has_room` says whether one more may be read from a tier for this fill."""
+        if not self._tickets and not self.readers:
+            return None
+        whole = self.is_whole_wanted
+        chunk = self._order.next(self._is_due, whole=whole)
+        if chunk is None:
+            return None
+        source = self._source_of(chunk)
+        if not has_room(source.tier, EASY_START_RUNS + self._runs_done - self.flights):
+            return None
+        run = self._run_from(chunk, source, whole=whole)
+        self._in_flight[run.first : run.first + run.count] = b"\1" * run.count
+        self.flights += 1
+        return run
+
+    def _run_from(self, chunk: int, source: ChunkSource, *, whole: bool) -> Run:
+        chunks = self.manifest.chunks
+        area = self.area if self._needs_area(chunk) else None
+        at = self.layout.whole.get(chunk, -1) if area is not None else -1
+        end, length = chunk + 1, chunks[chunk].plain_bytes
+        while (
+            end < len(chunks)
+            and length + chunks[end].plain_bytes <= READ_BYTES_MAX
+            and self._is_due(end)
+            and (whole or self._order.is_wanted(end))
+            and self._source_of(end) is source
+            and (self.area if self._needs_area(end) else None) is area
+            and (area is None or self.layout.whole.get(end, -1) == (-1 if at < 0 else at + length))
+        ):
+            length += chunks[end].plain_bytes
+            end += 1
+        return Run(source, chunk, end - chunk, length, area, at)
+
+    def _is_due(self, chunk: int) -> bool:
+        return not self._in_flight[chunk] and (self._needs_area(chunk) or bool(self._landing_goal[chunk]))
+
+    def _needs_area(self, chunk: int) -> bool:
+        if self.area is None or self._area_failed or not self.readers or chunk not in self.layout.places:
+            return False
+        return not self.area.is_filled(chunk)
+
+    def _is_in_area(self, chunk: int) -> bool:
+        return self.area is not None and self.area.is_filled(chunk)
+
+    def _is_on_disk(self, chunk: int) -> bool:
+        return self.landing is not None and self.landing.is_verified(chunk)
+
+    def _source_of(self, chunk: int) -> ChunkSource:
+        """The nearest that has it."""
+        for source in (self.landing, self.area, self.siblings):
+            if source is not None and source.holds(chunk):
+                return source
+        return self.last
+
+    # --- carrying a run, without the lock -----------------------------------------------------------------
+
+    def carry(self, run: Run, scratch: Callable[[int], memoryview]) -> Outcome:
+        """Reads and verifies a run, and puts what is right into its places."""
+        if run.area is None:
+            return self._carry(run, scratch)
+        with run.area.use():
+            return self._carry(run, scratch)
+
+    def _carry(self, run: Run, scratch: Callable[[int], memoryview]) -> Outcome:
+        in_place = run.area is not None and run.area_offset >= 0
+        if run.area is not None and in_place:
+            view = run.area.window(run.area_offset, run.length)
+        else:
+            view = scratch(run.length)
+        try:
+            run.source.read(run.first, run.count, view)
+            outcome = Outcome(self._find_bad(run.first, run.count, view))
+        except SnowdropError as error:
+            outcome = Outcome(list(range(run.first, run.first + run.count)), error)
+        if run.source is not self.last:
+            for chunk in outcome.bad:
+                # A disk that cannot even note it is asked again by nobody: the next source is.
+                with suppress(SnowdropError):
+                    run.source.quarantine(chunk)
+        done = 0
+        for chunk in range(run.first, run.first + run.count):
+            size = self.manifest.chunks[chunk].plain_bytes
+            if chunk not in outcome.bad:
+                lies_at = run.area_offset + done if in_place else -1
+                self._deliver(run, chunk, view[done : done + size], lies_at, outcome)
+            done += size
+        return outcome
+
+    def _deliver(self, run: Run, chunk: int, data: memoryview, lies_at: int, outcome: Outcome) -> None:
+        if run.area is not None:
+            run.area.scatter(chunk, data, lies_at)
+            run.area.mark(chunk)
+        landing = self.landing
+        if landing is None:
+            return
+        try:
+            if run.source is landing:
+                landing.confirm(chunk, data)
+            elif self._landing_goal[chunk] or run.area is None:  # asked for, or read for somebody who gave up
+                landing.write(chunk, data)
+        except SnowdropError as error:
+            outcome.landing_error = error
+
+    def read_verified(self, chunk: int, into: memoryview) -> None:
+        """One chunk from the nearest source that has it right, for a caller's own memory. Raises as the source."""
+        for source in (self.landing, self.area, self.siblings, self.last):
+            if source is None or not source.holds(chunk):
+                continue
+            try:
+                source.read(chunk, 1, into)
+            except SnowdropError:
+                if source is self.last:
+                    raise
+                continue
+            if not self._find_bad(chunk, 1, into):
+                return
+        raise wrong_chunk(self.manifest, chunk)
+
+    def wake(self) -> None:
+        """Tells every reader that there is more to see. Never blocks: a full socket wakes its reader anyway."""
+        with self._wake_lock:
+            for reader in self.readers.values():
+                for wake in reader.wakes:
+                    with suppress(OSError):
+                        wake.send(b"\0", socket.MSG_DONTWAIT)
+
+    # --- afterwards ---------------------------------------------------------------------------------------
+
+    def finish(self, run: Run, outcome: Outcome) -> None:
+        """Books a run that `carry` has carried."""
+        self.flights -= 1
+        self._runs_done += 1
+        self._in_flight[run.first : run.first + run.count] = bytes(run.count)
+        bad = set(outcome.bad)
+        for chunk in range(run.first, run.first + run.count):
+            if chunk not in bad:
+                self._credit(run, chunk)
+                self._tell(chunk)
+        if outcome.landing_error is not None:
+            self._fail_landing(set(range(run.first, run.first + run.count)) - bad, outcome.landing_error)
+        if bad:
+            self._try_again(run, sorted(bad), outcome.error)
+        self._settle_area()
+
+    def _try_again(self, run: Run, bad: list[int], error: SnowdropError | None) -> None:
+        if run.source is not self.last:
+            self._order.want(bad, URGENT)
+            return
+        if error is None or isinstance(error, CorruptContentError | IntegrityError):
+            self._wrong_reads.update(bad)
+            if all(self._wrong_reads[chunk] < WRONG_READS_MAX for chunk in bad):
+                self._order.want(bad, URGENT)
+                return
+            worst = max(bad, key=lambda chunk: self._wrong_reads[chunk])
+            error = error or wrong_chunk(self.manifest, worst)
+        self._fail_landing(set(bad), error)
+        if any(self._needs_area(chunk) for chunk in bad):
+            self._fail_area(error)
+
+    def _credit(self, run: Run, chunk: int) -> None:
+        """To whom the bytes are put down: one waiting for the directory, or the reader that came first."""
+        size = self.manifest.chunks[chunk].plain_bytes
+        if run.area is None:
+            for ticket in self._tickets:
+                if ticket.place == "landing" and chunk in ticket.remaining:
+                    ticket.given[run.source.tier] += size
+                    return
+            return
+        readers = sorted(self.readers.values(), key=lambda reader: reader.is_lazy)
+        if readers:
+            readers[0].given[run.source.tier] += size
+
+    def _tell(self, chunk: int) -> None:
+        in_area, on_disk = self._is_in_area(chunk), self._is_on_disk(chunk)
+        for ticket in list(self._tickets):
+            if chunk in ticket.remaining and (in_area if ticket.place == "area" else on_disk):
+                ticket.remaining.discard(chunk)
+                if not ticket.remaining:
+                    self._end(ticket)
+        if on_disk:
+            self._landing_goal[chunk] = 0
+
+    def _end(self, ticket: Ticket, error: SnowdropError | None = None) -> None:
+        ticket.error = error
+        self._tickets.remove(ticket)
+        ticket.on_end()
+
+    def _fail_area(self, error: SnowdropError) -> None:
+        self._area_failed = True
+        if self.area is not None:
+            self.area.set_state(FillState.FAILED, error.body())
+        for ticket in [ticket for ticket in self._tickets if ticket.place == "area"]:
+            self._end(ticket, error)
+
+    def _fail_landing(self, chunks: set[int], error: SnowdropError) -> None:
+        for ticket in [ticket for ticket in self._tickets if ticket.place == "landing"]:
+            if not chunks.isdisjoint(ticket.remaining):
+                self._end(ticket, error)
+                self._renew_goals(ticket.remaining)
+
+    def _renew_goals(self, chunks: Iterable[int]) -> None:
+        still = {chunk for ticket in self._tickets if ticket.place == "landing" for chunk in ticket.remaining}
+        for chunk in chunks:
+            self._landing_goal[chunk] = chunk in still
+
+    def _queue(self, ticket: Ticket) -> None:
+        if ticket.place == "landing":
+            self._order.want(sorted(ticket.remaining), ticket.rank)
+
+    def _settle_area(self) -> None:
+        area = self.area
+        if area is not None and area.is_complete and area.progress.state is not FillState.COMPLETE:
+            area.set_state(FillState.COMPLETE)
+            self.completed_unix_ns = time.time_ns()

@@ -1,0 +1,61 @@
+"""What a fill deals in: who waits, who reads, what is read at once, and how that went."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from snowdrop.content.area import Area
+from snowdrop.content.source import ChunkSource, Tier
+from snowdrop.domain.errors import SnowdropError
+from snowdrop.policy.prefetch import URGENT
+
+Place = Literal["area", "landing"]
+
+
+@dataclass(eq=False)
+class Ticket:
+    """Somebody who waits for chunks. `on_end` is called once, in any thread: all are there, or `error` is set."""
+
+    place: Place
+    remaining: set[int]
+    on_end: Callable[[], None]
+    rank: int = URGENT
+    error: SnowdropError | None = None
+    given: Counter[Tier] = field(default_factory=Counter)
+    """Bytes by tier that were read for this ticket and no earlier one."""
+
+
+@dataclass(eq=False)
+class Reader:
+    """A holder that was given the area. `wakes` are this side's ends of its sockets."""
+
+    is_lazy: bool
+    began_unix_ns: int = field(default_factory=time.time_ns)
+    wakes: list[socket.socket] = field(default_factory=list)
+    given: Counter[Tier] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive chunks, read at once: in place at `area_offset`, or through scratch memory if -1."""
+
+    source: ChunkSource
+    first: int
+    count: int
+    length: int
+    area: Area | None
+    area_offset: int
+
+
+@dataclass
+class Outcome:
+    """How a run went: `bad` chunks are not in place; `error` is why, if the source could not be read."""
+
+    bad: list[int]
+    error: SnowdropError | None = None
+    landing_error: SnowdropError | None = None
