@@ -132,22 +132,23 @@ def _chunks_of(manifest: Manifest, files: Callable[[FileEntry], bool]) -> list[i
     return sorted({extent.chunk for entry in manifest.files if files(entry) for extent in entry.extents})
 
 
-class Keys:
+class Keys(Keyring):
     """The node's content keys, read again when one is asked for that was not there before."""
 
     def __init__(self, folder: str) -> None:
+        super().__init__()
         self._folder = Path(folder) if folder else None
-        self._ring = Keyring()
 
     def hasher(self, domain: str) -> Hasher:
-        """Blocks. Raises NotFoundError if the domain's key is not on this node."""
+        """May read the folder. Raises NotFoundError if the domain's key is not on this node."""
         try:
-            return self._ring.hasher(domain)
+            return super().hasher(domain)
         except NotFoundError:
             if self._folder is None:
                 raise
-            self._ring = load_keyring(self._folder)
-            return self._ring.hasher(domain)
+            found = load_keyring(self._folder)
+            self._hashers = {name: found.hasher(name) for name in found.domains}
+            return super().hasher(domain)
 
 
 def read_manifest(disk: DiskTier, origin: Origin, digest: Digest, key_domain: str, hasher: Hasher) -> Manifest:

@@ -357,13 +357,14 @@ async def open_store(
     `origin` and `disk` replace those of the settings, for tests. Raises InvalidInputError, ConflictError.
     """
     origin = origin or open_origin(settings.origin_url, settings.origin)
-    disk = disk or DiskTier(Path(settings.cache_directory), settings.disk_bytes_max)
+    keys = Keys(settings.keys_directory)
+    disk = disk or DiskTier(Path(settings.cache_directory), settings.disk_bytes_max, keyring=keys)
     pool = SlabPool(big_bytes=settings.big_slab_bytes, small_bytes=settings.slab_bytes)
     ram = RamTier(settings.ram_bytes_max, pool)
     engine = FetchEngine(settings.fetch_threads)
     await anyio.to_thread.run_sync(disk.open)
     areas = Areas(ram, engine, pool_bytes=settings.pool_bytes)
-    store = ContentStore(origin, areas, disk, engine, Keys(settings.keys_directory))
+    store = ContentStore(origin, areas, disk, engine, keys)
     engine.start()
     is_quiet = False
     try:
