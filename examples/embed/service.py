@@ -28,12 +28,12 @@ class Embed:
         # On the meta device nothing is allocated or initialised: the weights come from the node's memory.
         with torch.device("meta"):
             network = AutoModel.from_config(config)
-        model.load_into(network, strict=False)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        model.load_into(network, strict=False, device=self.device)
         make_position_buffers(network, config.max_position_embeddings)
         left = [name for name, each in [*network.named_parameters(), *network.named_buffers()] if each.is_meta]
         if left:
             raise ValueError(f"the model's files lack {', '.join(left)}")
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.network = network.eval().to(self.device)
         self.tokenizer = Tokenizer.from_file(str(model.file("tokenizer.json")))
         self.tokenizer.enable_truncation(TOKENS_MAX)

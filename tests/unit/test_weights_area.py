@@ -264,6 +264,33 @@ class TestRenewal:
             loaded.state_dict()
 
 
+def own_bytes() -> int:
+    """Memory that slabs take in this process alone: pages copied because they were written to."""
+    total, is_slab = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            is_slab = "memfd:" in line
+        elif is_slab and line.startswith("Anonymous:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+def test_a_second_mapping_copies_no_page_but_those_that_are_written_to(make: Callable[..., FillingArea]) -> None:
+    area = make({f"t{i}": tensor(i, (300, 500)) for i in range(8)})
+    area.fill_all()
+    before = own_bytes()
+    first, second = model(area.source()).state_dict(), model(area.source()).state_dict()
+    module = torch.nn.ParameterDict({f"t{i}": torch.empty(300, 500, device="meta") for i in range(8)})
+    third = model(area.source())
+    third.load_into(module)
+    totals = [sum(float(value.detach().sum()) for value in got.values()) for got in (first, second, module)]
+    assert totals == [28 * 150_000.0] * 3
+    assert own_bytes() == before
+    first["t3"][7, 7] = 1
+    assert own_bytes() == before + 4096
+    assert second["t3"][7, 7] == 3
+
+
 def test_many_threads_load_at_once(make: Callable[..., FillingArea]) -> None:
     shard = [{f"s{s}.t{i}": tensor(10 * s + i) for i in range(8)} for s in range(2)]
     area = make(*shard, chunk_bytes=3000)

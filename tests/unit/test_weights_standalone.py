@@ -21,6 +21,8 @@ from content_helpers import safetensors_bytes
 from snowdrop.domain.errors import CorruptContentError, InvalidInputError, NotFoundError
 from snowdrop.weights import direct, files, load_directory, load_file, residency, safe_open
 from snowdrop.weights.numpy import load_file as load_numpy
+from snowdrop.weights.plan import Request
+from snowdrop.weights.stream import plan_of
 
 TORCH_DTYPES = [
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32,
@@ -323,14 +325,17 @@ class TestDirectReads:
         reader.close()
         assert len(made) == len(windows) == 40
 
-    def test_an_iteration_that_is_given_up_ends_its_threads(self, path: Path) -> None:
+    def test_a_load_that_is_given_up_ends_its_threads(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(direct, "WINDOW_BYTES", 1)
         source = files.FileSource([files.DiskFile.look(path, "a")], backend="pread")
-        plan = files.LoadPlan(
-            tensors=tuple(files.PlannedTensor(file=0, path="a", entry=entry) for entry in source.header(0).tensors)
-        )
-        feed = source.open(plan)
-        feed.whole(plan.tensors[0])
-        feed.close()
+        plan = plan_of(source, Request())
+        windows, _ = direct.plan_windows(plan)
+        reader = direct.DirectReader([files.DiskFile.look(path, "a")], windows, ahead_bytes_max=1)
+        reader.take(0)
+        closing = threading.Thread(target=reader.close, daemon=True)
+        closing.start()
+        closing.join(30)
+        assert not closing.is_alive()
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]
 
 

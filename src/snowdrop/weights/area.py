@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from snowdrop.content.mapping import map_slabs
 from snowdrop.content.placement import AREA_ALIGNMENT
-from snowdrop.content.progress import ProgressReader
+from snowdrop.content.progress import FillState, ProgressReader
 from snowdrop.content.safetensors import Header, read_header
 from snowdrop.domain.errors import CorruptContentError, PlatformDownError
 from snowdrop.weights.feeds import PIECE_BYTES_MAX, Feed, Loan, Piece, Region
@@ -122,7 +122,7 @@ class AreaSource:
     def ask(self, stretches: Iterator[tuple[int, int]]) -> None:
         """Says what will be waited for, most urgent first."""
         reader = self.area.reader
-        if reader is not None:
+        if reader is not None and reader.state is FillState.FILLING:
             reader.ask(stretches)
 
     def _wait(self, wait: Callable[[ProgressReader], None]) -> MappedArea:
@@ -165,7 +165,7 @@ class _AreaFeed:
         self._plan = plan
         self._place = 0
         self._asked_bytes = 0
-        self._covered = _covered(plan)
+        self._covered = _covered(plan) if source.is_lazy else {}
         self._ask(0)
 
     def whole(self, tensor: PlannedTensor) -> Loan:
