@@ -32,7 +32,8 @@ TOUCH_STEP_S = 0.04
 """Rest between two steps of touching: at most 400 MB/s, so that a start of the node leaves room for work."""
 
 _MADV_HUGEPAGE = 14
-_MADV_POPULATE_WRITE = 23
+MADV_POPULATE_WRITE = 23
+MADV_COLLAPSE = 25
 
 
 class Slab:
@@ -46,17 +47,23 @@ class Slab:
         try:
             os.ftruncate(self.fd, size)
             self.address = reserve(size, self.fd)
-            _madvise(self.address, size, _MADV_HUGEPAGE)
+            madvise(self.address, size, _MADV_HUGEPAGE)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)
         except (OSError, SnowdropError):
             os.close(self.fd)
             raise
 
     def touch(self, offset: int, length: int) -> None:
-        """Makes the kernel give the pages now, as zeros if they are new."""
-        if _madvise(self.address + offset, length, _MADV_POPULATE_WRITE) != 0:
-            # Kernels before 5.14. The pages are zeros already, or will be zeroed.
-            ctypes.memset(self.address + offset, 0, length)
+        """Makes the kernel give the pages now, as zeros if they are new: huge ones where it can."""
+        for address in range(self.address + offset, self.address + offset + length, HUGE_PAGE_BYTES):
+            # Collapsing gives a huge page whatever the machine's setting is (shmem_enabled is "never" by default,
+            # and MADV_HUGEPAGE void then), but refuses a stretch that has no page at all.
+            ctypes.memset(address, 0, 1)
+            if madvise(address, HUGE_PAGE_BYTES, MADV_COLLAPSE) == 0:
+                continue
+            if madvise(address, HUGE_PAGE_BYTES, MADV_POPULATE_WRITE) != 0:
+                # Kernels before 5.14. The pages are zeros already, or will be zeroed.
+                ctypes.memset(address, 0, HUGE_PAGE_BYTES)
 
     def zero(self) -> None:
         """Through the mapping: the pages stay, which is what a pool is for."""
@@ -265,7 +272,7 @@ def memory_pressure() -> float:
     return 0.0
 
 
-def _madvise(address: int, length: int, advice: int) -> int:
+def madvise(address: int, length: int, advice: int) -> int:
     return int(_LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice))
 
 
