@@ -194,6 +194,12 @@ def test_a_truncated_or_empty_file_is_named(tmp_path: Path) -> None:
         LoadedModel.from_directory(tmp_path)
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "missing")
+    with pytest.raises(NotFoundError, match=r"a\.safetensors cannot be read: No such file"):
+        LoadedModel.from_directory(tmp_path)
+
+
 def test_a_handle_that_points_outside_of_its_area_is_refused(source: Path) -> None:
     given = HandedOver(filled_area(manifest_of(source), source), source)
     handle = msgspec.structs.replace(given.handle, area_files=(AreaFile("a", 0, 1 << 40),))

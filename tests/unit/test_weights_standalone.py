@@ -341,17 +341,25 @@ class TestDirectReads:
 
 class TestResidency:
     def test_a_written_file_is_cached_and_a_dropped_one_is_not(self, tmp_path: Path) -> None:
-        file = tmp_path / "f"
-        file.write_bytes(b"x" * (4 << 20))
-        with file.open("rb") as opened:
+        size = 16 << 20
+        (tmp_path / "f").write_bytes(b"x" * size)
+        with (tmp_path / "f").open("rb") as opened:
             fd = opened.fileno()
-            assert residency.cached_fraction(fd, 4 << 20) == 1.0
-            assert residency.sampled_fraction(fd, 4 << 20) == 1.0
+            assert residency.cached_fraction(fd, size) == 1.0
+            assert residency.sampled_fraction(fd, size) == 1.0
             os.fsync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            if residency.cached_fraction(fd, 4 << 20) > 0.5:
+            if residency._cached_pages(fd) > 0:
                 pytest.skip("this file system keeps everything in memory")
-            assert residency.sampled_fraction(fd, 4 << 20) < 0.5
+            assert residency.cached_fraction(fd, size) < 0.5
+
+    def test_pages_that_lie_at_another_inode_are_found_by_reading(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(residency, "_cached_pages", lambda _fd: 0)
+        (tmp_path / "f").write_bytes(b"x" * (1 << 20))
+        with (tmp_path / "f").open("rb") as opened:
+            assert residency.cached_fraction(opened.fileno(), 1 << 20) == 1.0
 
     def test_what_cannot_tell_counts_as_cached(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def unknown(_fd: int) -> int:

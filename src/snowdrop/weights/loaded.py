@@ -85,7 +85,7 @@ class LoadedModel:
                 f"{directory} is not a directory", where=str(directory), next_step="name a model's directory"
             )
         paths = [found.relative_to(directory).as_posix() for found in directory.rglob("*" + SUFFIX)]
-        files = [DiskFile.look(directory / each, each) for each in sorted(paths, key=load_order_key)]
+        files = [_look(directory, each) for each in sorted(paths, key=load_order_key)]
         return cls(name or directory.name, directory, FileSource(files), lambda: None)
 
     def __repr__(self) -> str:
@@ -264,3 +264,12 @@ def _map_again(renew: Renew) -> MappedArea:
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def _look(directory: Path, path: str) -> DiskFile:
+    try:
+        return DiskFile.look(directory / path, path)
+    except OSError as error:
+        raise NotFoundError(
+            f"{path} cannot be read: {error.strerror}", where=path, next_step="see what the directory holds"
+        ) from error

@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 
-SAMPLES = 64
+SAMPLES = 32
 _SYS_CACHESTAT = 451
 """The same on every architecture; Linux 6.5 or later."""
 
@@ -34,8 +34,10 @@ def cached_fraction(fd: int, size: int) -> float:
         pages = _cached_pages(fd)
     except OSError:
         return sampled_fraction(fd, size)
-    page_bytes = os.sysconf("SC_PAGE_SIZE")
-    return min(1.0, pages * page_bytes / size)
+    if pages == 0:
+        # Stacked file systems (overlayfs, FUSE with passthrough) keep them elsewhere: only a read finds them.
+        return sampled_fraction(fd, size)
+    return min(1.0, pages * os.sysconf("SC_PAGE_SIZE") / size)
 
 
 def sampled_fraction(fd: int, size: int) -> float:
