@@ -1,4 +1,4 @@
-"""Tensors through the real processes: parts of a lazy model, and a load whose data plane dies."""
+"""Tensors through the real processes: parts of a lazy model."""
 
 from __future__ import annotations
 

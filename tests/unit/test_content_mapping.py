@@ -50,6 +50,24 @@ def test_writing_stays_in_this_process() -> None:
     os.close(fd)
 
 
+def data_bytes() -> int:
+    """What counts into RLIMIT_DATA."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData:"))
+
+
+def test_a_mapping_for_reading_sees_the_slab_and_takes_nothing_of_the_process_limit() -> None:
+    size = 64 << 20
+    fd = slab(b"a", PAGE)
+    os.ftruncate(fd, size)
+    before = data_bytes()
+    view = map_slabs([fd], [size], is_private=False)
+    assert data_bytes() < before + size // 2
+    os.pwrite(fd, b"later", 100)
+    assert bytes(view[99:106]) == b"alatera"
+    os.close(fd)
+
+
 def test_no_slab_gives_no_bytes() -> None:
     assert len(map_slabs([], [])) == 0
 

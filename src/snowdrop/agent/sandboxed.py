@@ -178,9 +178,12 @@ class Sandboxed:
         `is_over`: what came until then is not known. Raises why an area cannot be filled.
         """
         landed = Landed(content=ContentBytes(), spans=())
-        pending = {bound.artefact.manifest: bound.name for bound in self._order.revision.models}
+        models = sorted(self._order.revision.models, key=lambda bound: bound.lazy)
+        pending = {bound.artefact.manifest: bound for bound in models}
         while pending:
-            manifest, name = next(iter(pending.items()))
+            manifest, bound = next(iter(pending.items()))
+            if bound.lazy:
+                await is_over.wait()  # it asks for its bytes in startup: before, none are known
             renewed = self._renewed
             try:
                 data_plane = await self._context.data_plane()
@@ -192,7 +195,7 @@ class Sandboxed:
                 self._renewed = anyio.Event()
                 continue
             del pending[manifest]
-            spans = tuple(msgspec.structs.replace(span, note=name) for span in filled.spans)
+            spans = tuple(msgspec.structs.replace(span, note=bound.name) for span in filled.spans)
             landed = Landed(content=landed.content + filled.content, spans=landed.spans + spans)
         return landed
 

@@ -38,7 +38,9 @@ def map_slabs(fds: Sequence[int], sizes: Sequence[int], *, is_private: bool = Tr
         return memoryview(bytearray())
     try:
         # The object that owns the reservation unmaps all of it at its end, with what was mapped over it.
-        owner = mmap.mmap(-1, total + HUGE_PAGE_BYTES, flags=_RESERVED)
+        # What is only read is reserved as shared, which does not count into RLIMIT_DATA.
+        kind = mmap.MAP_PRIVATE if is_private else mmap.MAP_SHARED
+        owner = mmap.mmap(-1, total + HUGE_PAGE_BYTES, flags=kind | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     except OSError as error:
         raise _no_room(total) from error
     base = ctypes.addressof(ctypes.c_char.from_buffer(owner))
