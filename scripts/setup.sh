@@ -34,6 +34,7 @@ fi
 [ -e /usr/bin/setpriv ] || need util-linux "a platform started by root cannot drop privileges in its sandboxes"
 ls /usr/lib/*/libseccomp.so.2 /lib/*/libseccomp.so.2 >/dev/null 2>&1 ||
     need libseccomp2 "no system call filter can be made, so \`snowdrop up\` wants --unsafe-no-sandbox"
+[ -e /usr/bin/fusermount3 ] || need fuse3 "without root a model cannot be mounted as a directory, only waited for"
 if [ -n "$missing" ]; then
     say "installing$missing"
     apt-get update -qq
