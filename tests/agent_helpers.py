@@ -15,6 +15,7 @@ import msgspec
 from platform_helpers import NODE, artefact, replica_key, revision
 from snowdrop.agent.context import NodeContext
 from snowdrop.agent.dataplane.client import EnsuredArea, EnsuredContent
+from snowdrop.agent.mounts import ModelMounts
 from snowdrop.agent.runner import ReplicaRunner
 from snowdrop.agent.sandbox.launcher import ExitStatus, LaunchSpec, Mount
 from snowdrop.domain.deployment import BoundModel
@@ -253,11 +254,14 @@ class Bench:
         self._news = anyio.Event()
         for name in ("content", "s", "logs"):
             (folder / name).mkdir()
+        self.mounts = ModelMounts(folder / "mounts", folder / "mounts.json", self._data_plane)
+        self.mounts.is_possible = False
         self.context = NodeContext(
             node=NODE,
             python="python3",
             launcher=self.launcher,
             data_plane=self._data_plane,
+            mounts=self.mounts,
             sockets=folder / "s",
             logs=folder / "logs",
             settings=AgentSettings(**settings),

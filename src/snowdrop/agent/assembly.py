@@ -14,7 +14,10 @@ import anyio
 from snowdrop.agent.api import build_agent_api
 from snowdrop.agent.content import DataPlaneKeeper
 from snowdrop.agent.context import NodeContext
+from snowdrop.agent.dataplane.client import DataPlane
 from snowdrop.agent.link import AgentLink
+from snowdrop.agent.mounting import add_mount_routes
+from snowdrop.agent.mounts import ModelMounts
 from snowdrop.agent.node import Node
 from snowdrop.agent.sandbox.bubblewrap import BubblewrapLauncher, UidPool, find_bwrap
 from snowdrop.agent.sandbox.detect import detect_limits
@@ -67,12 +70,23 @@ async def run_agent(
         origin_bytes_per_s_max=settings.content.origin_bytes_per_s_max,
         tenant_bytes_per_s_max=settings.content.tenant_bytes_per_s_max,
     )
-    keeper = DataPlaneKeeper(data_plane, node.renew_pins)
+
+    async def renew(plane: DataPlane) -> None:
+        async with anyio.create_task_group() as renewals:
+            renewals.start_soon(mounts.renew, plane)  # at once: readers wait
+            renewals.start_soon(node.renew_pins, plane)
+
+    keeper = DataPlaneKeeper(data_plane, renew)
+    mounts = ModelMounts(layout.mounts, layout.mounts_record, keeper.current)
+    swept = mounts.sweep()
+    if swept:
+        log.warning("removed %d mounts that an earlier agent left", swept)
     context = NodeContext(
         node=NodeId(agent.node),
         python=Environment.current().python,
         launcher=launcher,
         data_plane=keeper.current,
+        mounts=mounts,
         sockets=layout.sockets,
         logs=layout.replica_logs,
         settings=agent,
@@ -81,17 +95,20 @@ async def run_agent(
     record = node_record(agent, launcher)
     link = AgentLink(str(layout.link_socket), str(layout.agent_socket), record, fresh_id("inc"))
     api = build_agent_api(layout.replica_logs, node.is_living)
+    add_mount_routes(api, mounts)
     try:
         async with serving_unix(api, layout.agent_socket), anyio.create_task_group() as background:
             await background.start(keeper.run)
             node.bind(context, background)
             background.start_soon(link.run, node)
+            background.start_soon(mounts.restore)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(until_stopped, tasks.cancel_scope)
                 tasks.start_soon(node.meter)
                 ready()
             await node.stop(agent.stop_s_max)
             await node.meter_once()
+            await mounts.close()
             background.cancel_scope.cancel()
     finally:
         journal.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from snowdrop.agent.dataplane.client import DataPlane
+from snowdrop.agent.mounts import ModelMounts
 from snowdrop.agent.sandbox.launcher import Launcher
 from snowdrop.domain.ids import NodeId
 from snowdrop.domain.replica import ReplicaKey, ReplicaReport
@@ -24,6 +25,7 @@ class NodeContext(msgspec.Struct, frozen=True, kw_only=True):
     python: str
     launcher: Launcher
     data_plane: Callable[[], Awaitable[DataPlane]]
+    mounts: ModelMounts
     sockets: Path
     logs: Path
     settings: AgentSettings

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 import msgspec
 
 from snowdrop.agent.dataplane.client import EnsuredContent
+from snowdrop.agent.mounts import ModelMounts
 from snowdrop.domain.deployment import BoundModel
+from snowdrop.domain.errors import SnowdropError
+from snowdrop.domain.manifest import ArtefactRef
 from snowdrop.domain.receipt import ContentBytes, Span
+from snowdrop.domain.replica import ReplicaKey
 from snowdrop.wire.replica import ModelHandle, SlabHandle
+
+log = logging.getLogger("snowdrop.agent")
 
 
 class Landed(msgspec.Struct, frozen=True, kw_only=True):
@@ -17,13 +25,37 @@ class Landed(msgspec.Struct, frozen=True, kw_only=True):
     spans: tuple[Span, ...]
 
 
+async def with_all_files(
+    content: EnsuredContent, artefact: ArtefactRef, key: ReplicaKey, mounts: ModelMounts
+) -> EnsuredContent:
+    """`content` with a directory in which all files are there, if one can be mounted.
+
+    Otherwise as it was: its small files are there, the others are waited for.
+    """
+    if content.has_all_files or not mounts.is_possible:
+        return content
+    try:
+        directory = await mounts.mount(key.tenant, artefact, key.replica)
+    except SnowdropError as error:
+        log.warning("%s gets the files of its model when they are complete: %s", key.replica, error)
+        return content
+    return msgspec.structs.replace(content, directory=directory, has_all_files=True)
+
+
 def model_handle(
     bound: BoundModel, directory: str, content: EnsuredContent, *, first_fd: int
 ) -> tuple[ModelHandle, tuple[int, ...]]:
     """The handle, and its descriptors as they follow `first_fd` others in the message; they stay the caller's."""
     area = content.area
     if area is None:
-        return ModelHandle(name=bound.name, param=bound.param, directory=directory, lazy=bound.lazy), ()
+        handle = ModelHandle(
+            name=bound.name,
+            param=bound.param,
+            directory=directory,
+            lazy=bound.lazy,
+            has_all_files=content.has_all_files,
+        )
+        return handle, ()
     slabs = tuple(SlabHandle(first_fd + index, size) for index, size in enumerate(area.slab_bytes))
     handle = ModelHandle(
         name=bound.name,
@@ -34,6 +66,7 @@ def model_handle(
         slabs=slabs,
         progress_fd=first_fd + len(slabs),
         wake_fd=first_fd + len(slabs) + 1,
+        has_all_files=content.has_all_files,
         lazy=bound.lazy,
     )
     return handle, area.fds

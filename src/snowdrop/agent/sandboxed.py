@@ -17,7 +17,7 @@ import msgspec
 
 from snowdrop.agent.context import NodeContext
 from snowdrop.agent.dataplane.client import EnsuredContent
-from snowdrop.agent.handing import Landed, model_handle
+from snowdrop.agent.handing import Landed, model_handle, with_all_files
 from snowdrop.agent.logs import LogLimits, LogSink
 from snowdrop.agent.sandbox.launcher import (
     CODE_TARGET,
@@ -261,6 +261,7 @@ class Sandboxed:
             )
             return
         with anyio.move_on_after(CLOSE_S_MAX, shield=True), suppress(SnowdropError):
+            await self._context.mounts.release(self._order.key.replica)
             # A data plane that is gone holds no pins.
             data_plane = await self._context.data_plane()
             await data_plane.release(self._order.key.replica)
@@ -371,6 +372,8 @@ async def replica_content(order: StartReplica, context: NodeContext, sandboxed: 
         if bound is None:
             sandboxed.set_code(content)
         else:
+            sandboxed.add_model(bound.name, content)  # before anything can go wrong: it closes the descriptors
+            content = await with_all_files(content, bound.artefact, order.key, context.mounts)
             sandboxed.add_model(bound.name, content)
         total += content.content
         spans.extend(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from snowdrop import __version__
-from snowdrop.cli import deployments, dev, keys, models, platform, receipts, store
+from snowdrop.cli import deployments, dev, keys, models, mounts, platform, receipts, store
 from snowdrop.cli.output import Globals
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ app.command()(platform.up)
 app.command()(platform.down)
 app.command()(platform.doctor)
 app.command()(platform.config)
+mounts.add_commands(models.app)
 app.add_typer(models.app, name="model")
 app.add_typer(store.app, name="store")
 app.command()(deployments.deploy)

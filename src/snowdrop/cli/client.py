@@ -1,4 +1,4 @@
-"""A blocking client for control's API (unix socket) and for the gateway (TCP)."""
+"""A blocking client for control's API and the agent's (unix sockets) and for the gateway (TCP)."""
 
 from __future__ import annotations
 
@@ -38,13 +38,18 @@ class _UnixConnection(http.client.HTTPConnection):
 class Client:
     """Calls control for one tenant. Every method raises the typed error that control answers."""
 
-    def __init__(self, layout: StateLayout, tenant: str) -> None:
+    def __init__(self, layout: StateLayout, tenant: str, socket_path: Path | None = None) -> None:
         self._layout = layout
         self._tenant = tenant
+        self._socket = socket_path or layout.control_socket
 
     def of(self, tenant: str) -> Client:
         """The same, for another tenant."""
         return Client(self._layout, tenant)
+
+    def agent(self) -> Client:
+        """The same, for this machine's agent."""
+        return Client(self._layout, self._tenant, self._layout.agent_socket)
 
     def get(self, kind: type[T], *path: str, **query: Any) -> T:
         return self._decoded(kind, "GET", path, None, query)
@@ -74,7 +79,7 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             raise PlatformDownError(
                 f"control broke off its answer: {str(error) or type(error).__name__}",
-                where=str(self._layout.control_socket),
+                where=str(self._socket),
                 next_step="try again; if it stays so, see the logs in the state folder",
             ) from error
         except msgspec.DecodeError as error:
@@ -91,7 +96,7 @@ class Client:
         given = {key: value for key, value in query.items() if value is not None}
         if given:
             url += "?" + urlencode(given)
-        connection = _UnixConnection(self._layout.control_socket, timeout_s)
+        connection = _UnixConnection(self._socket, timeout_s)
         try:
             data = None if body is None else msgspec.json.encode(body)
             connection.request(method, url, data, {TENANT_HEADER: self._tenant})

@@ -54,6 +54,7 @@ class Landed(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     directory: Path
+    is_complete: bool
     area: Area | None
     wake: socket.socket | None
     content: ContentBytes
@@ -106,16 +107,17 @@ class ContentStore:
             with _span(spans, "manifest"):
                 artefact = await self._open(digest, key_domain)
             use_area = map_tensors and artefact.layout.size > 0
+            is_whole = not map_tensors and not lazy
             async with artefact.preparing:
                 landing = await self._open_landing(digest, artefact)
-                if not use_area and not lazy and not artefact.has_room:
+                if is_whole and not artefact.has_room:
                     raise _no_directory(artefact.manifest, "scale another deployment down")
                 area = await self._areas.get(artefact, self._is_held) if use_area else None
             try:
                 if area is not None:
                     wake = self._attach(artefact, holder, lazy=lazy)
                 with _span(spans, "files"):
-                    wanted = artefact.eager_chunks if use_area or lazy else artefact.all_chunks
+                    wanted = artefact.all_chunks if is_whole else artefact.eager_chunks
                     content = await self._bring_files(artefact, wanted)
             except BaseException:
                 self._abandon(artefact, holder, wake)
@@ -124,7 +126,14 @@ class ContentStore:
             self._pins.take(holder, digest)
         if artefact.has_room and not landing.is_complete and (use_area or not lazy):
             self._complete_behind(artefact, landing)
-        return Landed(directory=landing.tree, area=area, wake=wake, content=content, spans=tuple(spans))
+        return Landed(
+            directory=landing.tree,
+            is_complete=landing.is_complete,
+            area=area,
+            wake=wake,
+            content=content,
+            spans=tuple(spans),
+        )
 
     async def wait_filled(self, digest: Digest, holder: str) -> Filled:
         """Returns once the area that `holder` was given is filled; at once for a lazy holder.
@@ -165,6 +174,13 @@ class ContentStore:
                 await self._complete_behind(artefact, artefact.landing).wait()
                 if artefact.behind_error is not None:
                     raise error_from_body(artefact.behind_error.body())
+
+    def landing_of(self, digest: Digest) -> Landing:
+        """The landing directory of an artefact that was ensured; raises NotFoundError."""
+        artefact = self._artefacts.get(digest)
+        if artefact is None or artefact.landing is None:
+            raise NotFoundError("the artefact is not on this node", where=digest, next_step="ensure it first")
+        return artefact.landing
 
     async def read_file(self, digest: Digest, file: int, offset: int, length: int) -> bytes | None:
         """Makes sure that a stretch of a file is in the landing directory's file, before anything else is fetched.

@@ -62,6 +62,16 @@ class StateLayout(msgspec.Struct, frozen=True):
         return self.root / "cache"
 
     @property
+    def mounts(self) -> Path:
+        """Mounted directories of models that are not complete yet."""
+        return self.cache / "mounts"
+
+    @property
+    def mounts_record(self) -> Path:
+        """The directories that people asked for."""
+        return self.root / "mounts.json"
+
+    @property
     def replica_logs(self) -> Path:
         return self.root / "logs"
 

@@ -37,9 +37,9 @@ class LoadedModel:
     """A model's tensors and files.
 
     Tensors are views on a private mapping of the node's landing area, handed out in load order, each as soon as
-    its bytes are there: nothing is copied, writing to one stays in this process, and the mapping lives as long
-    as any of them. Files are in `path`, which waits until all of them are there; `file` gives small ones
-    without waiting. All methods may be called from any thread.
+    its bytes are there: nothing is copied, writing to one stays in this process, and the mapping lives as long as
+    any of them. Files are in `path`, a directory with all of them: mounted, or else waited for; `file` gives
+    small ones without waiting. All methods may be called from any thread.
     """
 
     def __init__(self, name: str, directory: Path, source: Source, wait_directory: Callable[[], None]) -> None:
@@ -74,7 +74,8 @@ class LoadedModel:
                 wait_s_max=wait_s_max,
                 renew=partial(_map_again, renew),
             )
-        return cls(handle.name, Path(handle.directory), source, wait_directory)
+        wait = _nothing_to_wait_for if handle.has_all_files else wait_directory
+        return cls(handle.name, Path(handle.directory), source, wait)
 
     @classmethod
     def from_directory(cls, path: str | Path, *, name: str | None = None) -> LoadedModel:
@@ -240,6 +241,10 @@ class LoadedModel:
         chosen = (names,) if isinstance(names, str) else None if names is None else tuple(names)
         request = Request(file=file, names=chosen, rank=rank, world=world, split=split, order=order)
         return plan_of(self._source, request)
+
+
+def _nothing_to_wait_for() -> None:
+    """All files are in the directory, or are fetched as they are read."""
 
 
 def _mapped(handle: ModelHandle, fds: tuple[int, ...]) -> MappedArea:

@@ -45,6 +45,17 @@ class WaitDirectory(Message, frozen=True, kw_only=True):
     manifest: Digest
 
 
+class ServeMount(Message, frozen=True, kw_only=True):
+    """Serve a mounted directory of an artefact that was ensured before; answered (Completed) once that has begun.
+
+    Comes with two descriptors: the mount's /dev/fuse and its journal (`content.fuse.journal`). Served until the
+    mount is gone. Another data plane may have served it before; this one answers what that one had left.
+    """
+
+    request: int
+    manifest: Digest
+
+
 class Release(Message, frozen=True, kw_only=True):
     """`holder` no longer uses any artefact. Not answered."""
 
@@ -58,7 +69,7 @@ class Cancel(Message, frozen=True, kw_only=True):
 
 
 class Ensured(Message, frozen=True, kw_only=True):
-    """`directory` is a host path to be mounted read-only.
+    """`directory` is a host path to be mounted read-only; `directory_complete` says that every file is in it.
 
     If `slab_bytes` is not empty, descriptors come along: one for each slab, then the progress map, then the socket
     that goes with it. `content` are the bytes of the files only.
@@ -66,6 +77,7 @@ class Ensured(Message, frozen=True, kw_only=True):
 
     request: int
     directory: str
+    directory_complete: bool = False
     slab_bytes: tuple[int, ...]
     area_bytes: int
     area_files: tuple[AreaFile, ...]
@@ -92,7 +104,7 @@ class Refused(Message, frozen=True, kw_only=True):
     error: ErrorBody
 
 
-ToDataPlane = Ensure | WaitFilled | WaitDirectory | Release | Cancel
+ToDataPlane = Ensure | WaitFilled | WaitDirectory | ServeMount | Release | Cancel
 FromDataPlane = Ensured | Filled | Completed | Refused
 
 TO_DATA_PLANE: Codec[ToDataPlane] = Codec(ToDataPlane)

@@ -37,6 +37,7 @@ class ModelHandle(msgspec.Struct, frozen=True, kw_only=True):
     files; the area holds the files of `area_files`, each aligned to 4096 bytes, and may still be filled:
     `progress_fd` is the map that says how far, `wake_fd` the socket that goes with it (`content.progress`). Both
     index descriptors, as those of the slabs do, and are -1 without an area. A `lazy` one is filled only as asked.
+    With `has_all_files` every file can be read in the directory, as it is complete or mounted.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelHandle(msgspec.Struct, frozen=True, kw_only=True):
     progress_fd: int = -1
     wake_fd: int = -1
     lazy: bool = False
+    has_all_files: bool = False
 
 
 class Boot(Message, frozen=True, kw_only=True):

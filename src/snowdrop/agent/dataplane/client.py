@@ -27,6 +27,7 @@ from snowdrop.wire.dataplane import (
     FromDataPlane,
     Refused,
     Release,
+    ServeMount,
     WaitDirectory,
     WaitFilled,
 )
@@ -57,6 +58,7 @@ class EnsuredContent(msgspec.Struct, frozen=True, kw_only=True):
     """An artefact on this node. The descriptors of `area` belong to the caller, who calls `close`."""
 
     directory: Path
+    has_all_files: bool = False
     area: EnsuredArea | None
     content: ContentBytes
     spans: tuple[Span, ...]
@@ -132,6 +134,7 @@ class DataPlane:
         answer, fds = await self._call(message, request, Ensured)
         return EnsuredContent(
             directory=Path(answer.directory),
+            has_all_files=answer.directory_complete,
             area=_area(answer, fds),
             content=answer.content,
             spans=answer.spans,
@@ -152,6 +155,12 @@ class DataPlane:
         request = self._take_number()
         await self._call(WaitDirectory(request=request, manifest=manifest), request, Completed)
 
+    async def serve_mount(self, manifest: Digest, device_fd: int, journal_fd: int) -> None:
+        """Returns once a mount of an ensured artefact is served. The descriptors stay the caller's."""
+        request = self._take_number()
+        message = ServeMount(request=request, manifest=manifest)
+        await self._call(message, request, Completed, (device_fd, journal_fd))
+
     async def release(self, holder: str) -> None:
         """Gives up everything that `holder` has. Does nothing if the data plane is gone: so are its pins."""
         try:
@@ -163,10 +172,12 @@ class DataPlane:
         self._next_request += 1
         return self._next_request
 
-    async def _call(self, message: Message, request: int, wanted: type[Answer]) -> tuple[Answer, tuple[int, ...]]:
+    async def _call(
+        self, message: Message, request: int, wanted: type[Answer], given: tuple[int, ...] = ()
+    ) -> tuple[Answer, tuple[int, ...]]:
         pending = self._pending[request] = _Pending()
         try:
-            await self._send(message)
+            await self._send(message, given)
             await pending.done.wait()
             if pending.error is not None:
                 raise pending.error
@@ -204,13 +215,13 @@ class DataPlane:
         pending.fds = fds
         pending.done.set()
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         if self._is_down:
             raise _down()
         async with self._sending:
             try:
                 with anyio.fail_after(SEND_S_MAX):
-                    await self._channel.send(message)
+                    await self._channel.send(message, fds)
             except (OSError, anyio.ClosedResourceError) as error:
                 raise _down() from error
 

@@ -7,6 +7,7 @@ import socket
 
 import anyio
 
+from snowdrop.agent.dataplane.mounts import MountServer
 from snowdrop.content.settings import DataPlaneSettings
 from snowdrop.content.store import ContentStore, open_store
 from snowdrop.domain.errors import SnowdropError, UnavailableError
@@ -20,6 +21,7 @@ from snowdrop.wire.dataplane import (
     Filled,
     Refused,
     Release,
+    ServeMount,
     ToDataPlane,
     WaitDirectory,
     WaitFilled,
@@ -58,18 +60,23 @@ class _Session:
 
     async def run(self) -> None:
         async with anyio.create_task_group() as requests:
+            mounts = MountServer(self._store, requests)
             while True:
                 try:
                     message, fds = await self._channel.receive()
                 except EOFError:
                     break
-                for fd in fds:
-                    os.close(fd)
+                if not isinstance(message, ServeMount):
+                    for fd in fds:
+                        os.close(fd)
                 if isinstance(message, Release):
                     self._store.release(message.holder)
                     self._holders.discard(message.holder)
                 elif isinstance(message, Cancel):
                     self._cancel(message.request)
+                elif isinstance(message, ServeMount):
+                    # Not cancelled by its number: the descriptors are either served or closed.
+                    requests.start_soon(self._serve_mount, mounts, message, fds)
                 elif len(self._scopes) >= REQUESTS_MAX:
                     await self._send(_too_many(message.request))
                 else:
@@ -106,6 +113,13 @@ class _Session:
         finally:
             del self._scopes[message.request]
 
+    async def _serve_mount(self, mounts: MountServer, message: ServeMount, fds: tuple[int, ...]) -> None:
+        try:
+            await mounts.serve(message.manifest, fds)
+            await self._send(Completed(request=message.request))
+        except SnowdropError as error:
+            await self._send(Refused(request=message.request, error=error.body()))
+
     async def _ensure(self, message: Ensure) -> None:
         landed = await self._store.ensure(
             message.tenant,
@@ -128,6 +142,7 @@ class _Session:
                 Ensured(
                     request=message.request,
                     directory=str(landed.directory),
+                    directory_complete=landed.is_complete,
                     slab_bytes=tuple(slab.size for slab in area.slabs) if area is not None else (),
                     area_bytes=area.layout.size if area is not None else 0,
                     area_files=area.layout.files if area is not None else (),

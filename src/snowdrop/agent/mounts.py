@@ -1,0 +1,277 @@
+"""Mounted model directories of this node: made and held here, served by the data plane.
+
+The agent holds what keeps a mount alive (device and journal), so that a new data plane takes over where a dead
+one stopped. There is one mount for each artefact that replicas use before it is complete on disk, at
+`<cache>/mounts/<digest>`, and one for each directory that a person asked for; those are written down and made
+again after the agent's restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from snowdrop.agent.dataplane.client import DataPlane
+from snowdrop.content.fuse.journal import create_journal
+from snowdrop.content.fuse.mount import (
+    may_mount,
+    mount_tree,
+    mounted_trees,
+    set_read_ahead,
+    unmount_tree,
+)
+from snowdrop.domain.errors import (
+    ConflictError,
+    InvalidInputError,
+    NotFoundError,
+    SnowdropError,
+    TimedOutError,
+    UnavailableError,
+)
+from snowdrop.domain.ids import TenantId, fresh_id
+from snowdrop.domain.manifest import ArtefactRef
+from snowdrop.wire.mounts import PersonalMount
+
+SERVE_S_MAX = 60.0
+"""How long a data plane may take to begin serving a mount; it has to know the manifest and the small files."""
+RENEWALS_MAX = 30
+RENEWAL_REST_S = 2.0
+"""A mount that no data plane serves after so many attempts is given up: its readers get an error, not a hang."""
+DIRECTORY_MODE = 0o755
+
+log = logging.getLogger("snowdrop.agent")
+
+
+class _Mount:
+    def __init__(self, at: Path, tenant: TenantId, artefact: ArtefactRef) -> None:
+        self.at = at
+        self.tenant = tenant
+        self.artefact = artefact
+        self.pin = fresh_id("mnt")
+        self.holders: set[str] = set()
+        self.device_fd = -1
+        self.journal_fd = -1
+
+
+class ModelMounts:
+    """`mount` and `release` by holder (a replica); `add` and `remove` by directory (a person)."""
+
+    def __init__(self, folder: Path, record: Path, data_plane: Callable[[], Awaitable[DataPlane]]) -> None:
+        self._folder = folder
+        self._record = record
+        self._data_plane = data_plane
+        self._mounts: dict[Path, _Mount] = {}
+        self._personal: dict[Path, PersonalMount] = {}
+        self._one = anyio.Lock()
+        self.is_possible = bool(may_mount())
+
+    def sweep(self) -> int:
+        """Removes mounts that an earlier agent left; returns how many. Blocks. Before anything else."""
+        self._personal = {Path(entry.directory): entry for entry in self._read_record()}
+        count = 0
+        for place in (self._folder, *self._personal):
+            for tree in mounted_trees(place):
+                try:
+                    unmount_tree(tree.path)
+                    count += 1
+                except UnavailableError as error:
+                    log.warning("a mount of an earlier agent stays: %s", error)
+        return count
+
+    async def mount(self, tenant: TenantId, artefact: ArtefactRef, holder: str) -> Path:
+        """The directory in which all files of the artefact are there, until every holder has released it.
+
+        Raises UnavailableError if it cannot be mounted, and what the content path raises.
+        """
+        async with self._one:
+            at = self._folder / artefact.manifest
+            mount = self._mounts.get(at) or await self._make(at, tenant, artefact)
+            mount.holders.add(holder)
+            return at
+
+    async def release(self, holder: str) -> None:
+        """Once no sandbox of `holder` lives. Mounts without holders are removed."""
+        async with self._one:
+            for mount in list(self._mounts.values()):
+                if holder in mount.holders:
+                    mount.holders.discard(holder)
+                    if not mount.holders:
+                        await self._remove(mount)
+
+    async def add(self, wanted: PersonalMount) -> None:
+        """Mounts a model at a directory, which is made or must be empty; done already is fine.
+
+        Raises InvalidInputError, ConflictError, UnavailableError, and what the content path raises.
+        """
+        at = Path(wanted.directory)
+        async with self._one:
+            known = self._personal.get(at)
+            if known is not None and at in self._mounts:
+                if known.artefact.manifest == wanted.artefact.manifest:
+                    return
+                raise ConflictError(
+                    f"model {known.model!r} is mounted there",
+                    where=str(at),
+                    next_step=f"`snowdrop model unmount {at}` first",
+                )
+            await anyio.to_thread.run_sync(_check_directory, at)
+            mount = await self._make(at, wanted.tenant, wanted.artefact)
+            mount.holders.add(f"person:{at}")
+            self._personal[at] = wanted
+            await anyio.to_thread.run_sync(self._write_record)
+
+    async def remove(self, directory: str) -> None:
+        """Unmounts what `add` has mounted; raises NotFoundError if that is nothing."""
+        at = Path(directory)
+        async with self._one:
+            if self._personal.pop(at, None) is None:
+                raise NotFoundError(
+                    "no model is mounted there", where=directory, next_step="see `snowdrop model mounts`"
+                )
+            await anyio.to_thread.run_sync(self._write_record)
+            mount = self._mounts.get(at)
+            if mount is not None:
+                await self._remove(mount)
+
+    def personal(self) -> list[PersonalMount]:
+        return [self._personal[at] for at in sorted(self._personal)]
+
+    async def restore(self) -> None:
+        """Makes the mounts again that people had asked for; one that fails is said and tried at the next start."""
+        for wanted in list(self._personal.values()):
+            try:
+                await self.add(wanted)
+            except SnowdropError as error:
+                log.warning("model %s is not mounted again at %s: %s", wanted.model, wanted.directory, error)
+
+    async def renew(self, plane: DataPlane) -> None:
+        """Has a new data plane serve every mount. Readers that waited for the old one are answered by it."""
+        async with anyio.create_task_group() as tasks:
+            for mount in list(self._mounts.values()):
+                tasks.start_soon(self._renew, mount, plane)
+
+    async def close(self) -> None:
+        """Removes all mounts, for this life; those of people come back with the next."""
+        async with self._one:
+            for mount in list(self._mounts.values()):
+                await self._remove(mount)
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    async def _make(self, at: Path, tenant: TenantId, artefact: ArtefactRef) -> _Mount:
+        mount = _Mount(at, tenant, artefact)
+        try:
+            # Shielded: a mount whose descriptor was lost could not be served by anybody.
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(_make_blocking, mount)
+            self._mounts[at] = mount
+            await self._serve(mount, await self._data_plane())
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._remove(mount)
+            raise
+        return mount
+
+    async def _serve(self, mount: _Mount, plane: DataPlane) -> None:
+        with anyio.move_on_after(SERVE_S_MAX):
+            got = await plane.ensure(
+                mount.tenant,
+                mount.artefact.manifest,
+                mount.pin,
+                map_tensors=False,
+                lazy=True,
+                key_domain=mount.artefact.key_domain,
+            )
+            got.close()
+            await plane.serve_mount(mount.artefact.manifest, mount.device_fd, mount.journal_fd)
+            return
+        raise TimedOutError("the data plane does not serve the mount", where=f"serve_s_max={SERVE_S_MAX}")
+
+    async def _renew(self, mount: _Mount, plane: DataPlane) -> None:
+        for _ in range(RENEWALS_MAX):
+            if self._mounts.get(mount.at) is not mount:
+                return
+            try:
+                await self._serve(mount, plane)
+            except SnowdropError as error:
+                log.warning("%s is not served yet: %s", mount.at, error)
+                await anyio.sleep(RENEWAL_REST_S)
+            else:
+                return
+        async with self._one:
+            await self._remove(mount)
+
+    async def _remove(self, mount: _Mount) -> None:
+        self._mounts.pop(mount.at, None)
+        try:
+            await anyio.to_thread.run_sync(_remove_blocking, mount, mount.at.parent == self._folder)
+        except UnavailableError as error:
+            log.warning("%s", error)
+        try:
+            await (await self._data_plane()).release(mount.pin)
+        except SnowdropError:
+            return  # a data plane that is gone holds no pins
+
+    def _read_record(self) -> list[PersonalMount]:
+        try:
+            return msgspec.json.decode(self._record.read_bytes(), type=list[PersonalMount])
+        except FileNotFoundError:
+            return []
+        except (OSError, msgspec.DecodeError) as error:
+            log.warning("%s is not understood, its mounts are not made again: %s", self._record, error)
+            return []
+
+    def _write_record(self) -> None:
+        temporary = self._record.with_suffix(".tmp")
+        try:
+            temporary.write_bytes(msgspec.json.encode(self.personal()))
+            temporary.replace(self._record)
+        except OSError as error:
+            raise UnavailableError(
+                f"mounts cannot be recorded: {error.strerror}", where=str(self._record)
+            ) from error
+
+
+def _make_blocking(mount: _Mount) -> None:
+    try:
+        mount.at.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        mount.journal_fd = create_journal(mount.artefact.file_count)
+    except OSError as error:
+        raise UnavailableError(f"a mount cannot be prepared: {error.strerror}", where=str(mount.at)) from error
+    mount.device_fd = mount_tree(mount.at)
+    set_read_ahead(mount.at)
+
+
+def _remove_blocking(mount: _Mount, with_directory: bool) -> None:
+    try:
+        if mount.device_fd >= 0:
+            unmount_tree(mount.at)
+    finally:
+        for fd in (mount.device_fd, mount.journal_fd):
+            if fd >= 0:
+                os.close(fd)
+        mount.device_fd = mount.journal_fd = -1
+    if with_directory:
+        try:
+            mount.at.rmdir()
+        except OSError as error:
+            log.info("%s stays: %s", mount.at, error.strerror)
+
+
+def _check_directory(at: Path) -> None:
+    if not at.is_absolute():
+        raise InvalidInputError("the directory must be absolute", where=str(at))
+    try:
+        at.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        if any(at.iterdir()):
+            raise InvalidInputError(
+                "the directory is not empty", where=str(at), next_step="name a new or an empty one"
+            )
+    except OSError as error:
+        raise InvalidInputError(f"no directory can be made there: {error.strerror}", where=str(at)) from error
