@@ -39,7 +39,9 @@ class Stage:
     def plane_pid(self) -> int:
         children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
         (pid,) = [
-            int(pid) for pid in children if b"snowdrop.agent.dataplane" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            int(pid)
+            for pid in children
+            if b"snowdrop.agent.dataplane" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
         return pid
 

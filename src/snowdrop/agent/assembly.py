@@ -58,29 +58,15 @@ async def run_agent(
     _sweep_sockets(layout.sockets)
     journal = UsageJournal(layout.journal, NodeId(agent.node))
     node = Node(journal, usage_tick_s=agent.usage_tick_s)
-    data_plane = DataPlaneSettings(
-        origin_url=settings.content.origin_url,
-        cache_directory=str(layout.cache),
-        ram_bytes_max=settings.content.ram_bytes_max,
-        disk_bytes_max=settings.content.disk_bytes_max,
-        pool_bytes=settings.content.pool_bytes,
-        fetch_threads=settings.content.fetch_threads,
-        keys_directory=str(layout.content_keys),
-        origin=settings.content.origin_options(),
-        origin_bytes_per_s_max=settings.content.origin_bytes_per_s_max,
-        tenant_bytes_per_s_max=settings.content.tenant_bytes_per_s_max,
-    )
 
     async def renew(plane: DataPlane) -> None:
         async with anyio.create_task_group() as renewals:
             renewals.start_soon(mounts.renew, plane)  # at once: readers wait
             renewals.start_soon(node.renew_pins, plane)
 
-    keeper = DataPlaneKeeper(data_plane, renew)
+    keeper = DataPlaneKeeper(data_plane_settings(layout, settings), renew)
     mounts = ModelMounts(layout.mounts, layout.mounts_record, keeper.current)
-    swept = mounts.sweep()
-    if swept:
-        log.warning("removed %d mounts that an earlier agent left", swept)
+    mounts.sweep()
     context = NodeContext(
         node=NodeId(agent.node),
         python=Environment.current().python,
@@ -113,6 +99,22 @@ async def run_agent(
     finally:
         journal.close()
         limits.sweep()  # the groups of this life are empty now; they are not left for the next one
+
+
+def data_plane_settings(layout: StateLayout, settings: Settings) -> DataPlaneSettings:
+    """What the data plane of this node is told."""
+    return DataPlaneSettings(
+        origin_url=settings.content.origin_url,
+        cache_directory=str(layout.cache),
+        ram_bytes_max=settings.content.ram_bytes_max,
+        disk_bytes_max=settings.content.disk_bytes_max,
+        pool_bytes=settings.content.pool_bytes,
+        fetch_threads=settings.content.fetch_threads,
+        keys_directory=str(layout.content_keys),
+        origin=settings.content.origin_options(),
+        origin_bytes_per_s_max=settings.content.origin_bytes_per_s_max,
+        tenant_bytes_per_s_max=settings.content.tenant_bytes_per_s_max,
+    )
 
 
 def make_launcher(settings: AgentSettings, limits: LimitBackend, *, uid_slot: int) -> Launcher:

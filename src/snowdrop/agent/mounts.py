@@ -71,18 +71,16 @@ class ModelMounts:
         self._one = anyio.Lock()
         self.is_possible = bool(may_mount())
 
-    def sweep(self) -> int:
-        """Removes mounts that an earlier agent left; returns how many. Blocks. Before anything else."""
+    def sweep(self) -> None:
+        """Removes mounts that an earlier agent left. Blocks. Before anything else."""
         self._personal = {Path(entry.directory): entry for entry in self._read_record()}
-        count = 0
         for place in (self._folder, *self._personal):
             for tree in mounted_trees(place):
                 try:
                     unmount_tree(tree.path)
-                    count += 1
+                    log.info("removed %s, which an earlier agent left", tree.path)
                 except UnavailableError as error:
                     log.warning("a mount of an earlier agent stays: %s", error)
-        return count
 
     async def mount(self, tenant: TenantId, artefact: ArtefactRef, holder: str) -> Path:
         """The directory in which all files of the artefact are there, until every holder has released it.
