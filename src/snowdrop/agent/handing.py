@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import anyio
 import msgspec
 
 from snowdrop.agent.dataplane.client import EnsuredContent
@@ -70,3 +71,15 @@ def model_handle(
         lazy=bound.lazy,
     )
     return handle, area.fds
+
+
+async def either(one: anyio.Event, other: anyio.Event) -> None:
+    """Returns when one of them is set."""
+
+    async def wait(event: anyio.Event) -> None:
+        await event.wait()
+        tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait, one)
+        tasks.start_soon(wait, other)

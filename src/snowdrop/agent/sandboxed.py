@@ -17,7 +17,7 @@ import msgspec
 
 from snowdrop.agent.context import NodeContext
 from snowdrop.agent.dataplane.client import EnsuredContent
-from snowdrop.agent.handing import Landed, model_handle, with_all_files
+from snowdrop.agent.handing import Landed, either, model_handle, with_all_files
 from snowdrop.agent.logs import LogLimits, LogSink
 from snowdrop.agent.sandbox.launcher import (
     CODE_TARGET,
@@ -191,7 +191,7 @@ class Sandboxed:
             except (PlatformDownError, NotFoundError):
                 if is_over.is_set():
                     break
-                await _either(renewed, is_over)
+                await either(renewed, is_over)
                 self._renewed = anyio.Event()
                 continue
             del pending[manifest]
@@ -387,15 +387,3 @@ async def replica_content(order: StartReplica, context: NodeContext, sandboxed: 
     if failed:
         raise failed[0]
     return Landed(content=total, spans=tuple(spans))
-
-
-async def _either(one: anyio.Event, other: anyio.Event) -> None:
-    """Returns when one of them is set."""
-
-    async def wait(event: anyio.Event) -> None:
-        await event.wait()
-        tasks.cancel_scope.cancel()
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(wait, one)
-        tasks.start_soon(wait, other)
