@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import torch
 from content_helpers import safetensors_bytes
 from snowdrop.domain.errors import CorruptContentError, InvalidInputError, NotFoundError
 from snowdrop.weights import direct, files, load_directory, load_file, residency, safe_open
+from snowdrop.weights.devices.cpu import CpuDevice
 from snowdrop.weights.numpy import load_file as load_numpy
 from snowdrop.weights.plan import Request
-from snowdrop.weights.stream import plan_of
+from snowdrop.weights.stream import floating_to, plan_of, stream
 
 TORCH_DTYPES = [
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32,
@@ -325,6 +327,34 @@ class TestDirectReads:
         reader.close()
         assert len(made) == len(windows) == 40
 
+    def test_a_cast_holds_a_bounded_part_of_the_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        each = 256 << 10
+        tensors = {f"t{i:02}": torch.full((each // 4,), float(i)) for i in range(40)}
+        safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+        monkeypatch.setattr(direct, "WINDOW_BYTES", each)
+        bounds = {"threads": 4, "ahead_bytes_max": 3 * each}
+        monkeypatch.setattr(direct.DirectReader.__init__, "__kwdefaults__", bounds)
+        owners: list[weakref.ref[Any]] = []
+        memory = direct._memory
+
+        def noted(size: int, *, is_dense: bool) -> memoryview:
+            view = memory(size, is_dense=is_dense)
+            owners.append(weakref.ref(view.obj))
+            return view
+
+        monkeypatch.setattr(direct, "_memory", noted)
+        source = files.FileSource([files.DiskFile.look(tmp_path / "a.safetensors", "a")], backend="pread")
+        plan = plan_of(source, Request())
+        halves = {}
+        for name, tensor in stream(source, plan, CpuDevice(), floating_to(torch.float16)):
+            halves[name] = tensor
+            # Three ahead, and the one whose tensor is being cast.
+            assert sum(owner() is not None for owner in owners) <= 4
+        assert len(owners) == 40
+        assert {name: tensor[0].item() for name, tensor in halves.items()} == {f"t{i:02}": i for i in range(40)}
+
     def test_a_load_that_is_given_up_ends_its_threads(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(direct, "WINDOW_BYTES", 1)
         source = files.FileSource([files.DiskFile.look(path, "a")], backend="pread")
@@ -394,6 +424,10 @@ class TestDirectory:
     def test_an_index_says_which_files(self, model: Path) -> None:
         self.index(model, t1="model-00001-of-00010.safetensors", t10="model-00010-of-00010.safetensors")
         assert list(load_directory(model)) == ["t1", "t10"]
+
+    def test_the_same_weights_under_other_names_are_left_out(self, model: Path) -> None:
+        safetensors.torch.save_file({"other": torch.ones(1)}, model / "consolidated.safetensors")
+        assert list(load_directory(model)) == ["t1", "t2", "t10"]
 
     def test_a_missing_shard_and_a_broken_promise_are_named(self, model: Path) -> None:
         self.index(model, t1="model-00001-of-00010.safetensors", t3="model-00003-of-00010.safetensors")

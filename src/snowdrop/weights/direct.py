@@ -148,10 +148,8 @@ class DirectReader:
 
     def _read(self) -> None:
         while (block := self._claim()) is not None:
-            window = self._windows[block.window]
-            target = self._memory[block.window][block.offset - window.start :][: block.length]
             try:
-                self._files.read(window.file, target, block.offset)
+                self._read_block(block)
             except (OSError, SnowdropError) as error:
                 self._fail(error)
                 return
@@ -159,6 +157,12 @@ class DirectReader:
                 self._left[block.window] -= 1
                 if self._left[block.window] == 0:
                     self._changed.notify_all()
+
+    def _read_block(self, block: _Block) -> None:
+        """In a call of its own, so that a thread that waits for its next block keeps no window alive."""
+        window = self._windows[block.window]
+        target = self._memory[block.window][block.offset - window.start :][: block.length]
+        self._files.read(window.file, target, block.offset)
 
     def _fail(self, error: Exception) -> None:
         with self._changed:

@@ -14,8 +14,8 @@ import msgspec
 
 from snowdrop.content.cut import load_order_key
 from snowdrop.content.paths import parse_tree_path
-from snowdrop.content.safetensors import SUFFIX
 from snowdrop.domain.errors import CorruptContentError, InvalidInputError, NotFoundError
+from snowdrop.weights.adapters.files import weight_files
 from snowdrop.weights.diskfile import DiskFile
 from snowdrop.weights.files import Backend, FileSource
 from snowdrop.weights.plan import LoadPlan, PlannedTensor, Request
@@ -189,7 +189,6 @@ def _files_of(folder: Path) -> tuple[list[str], dict[str, str]]:
             f"{folder} is not a directory", where=str(folder), next_step="name a model's directory"
         )
     indices = sorted(found.name for found in folder.glob("*" + INDEX_SUFFIX))
-    found = sorted((path.name for path in folder.glob("*" + SUFFIX)), key=load_order_key)
     if len(indices) > 1:
         raise InvalidInputError(
             f"there are several indices: {', '.join(indices)}",
@@ -197,11 +196,7 @@ def _files_of(folder: Path) -> tuple[list[str], dict[str, str]]:
             next_step="load the files of one with load_file",
         )
     if not indices:
-        if not found:
-            raise NotFoundError(
-                "there is no safetensors file", where=str(folder), next_step="name a model's directory"
-            )
-        return found, {}
+        return sorted(weight_files(folder), key=load_order_key), {}
     promised = _read_index(folder / indices[0])
     names = sorted(set(promised.values()), key=load_order_key)
     _check_present(folder, indices[0], names)
