@@ -197,14 +197,23 @@ def test_what_passes_is_tried_again(hub: Hub, name: str) -> None:
         assert min(pauses.taken_s) >= 7
 
 
+def shortened(request: Request) -> str:
+    """The last byte of half of the range that was asked for."""
+    begin, _, end = request.headers["range"].removeprefix("bytes=").partition("-")
+    return str((int(begin) + int(end)) // 2)
+
+
 STORAGE_FAULTS = {
     "cut short": cut_after(500_000),
     "cut at once": cut_after(0),
     "503": instead(503),
-    "another range": lambda request, right: (
-        right._replace(headers={**right.headers, "content-range": f"bytes 0-{len(right.body) - 1}/{len(BIG)}"})
-        if "bytes=0-" not in request.headers["range"]
-        else right._replace(headers={**right.headers, "content-range": f"bytes 1-{len(right.body)}/{len(BIG)}"})
+    "another range": lambda request, right: ranged(
+        request._replace(headers={"range": "bytes=7-1000006"}), BIG, dict(right.headers)
+    ),
+    "less than was asked for": lambda request, right: ranged(
+        request._replace(headers={"range": request.headers["range"].partition("-")[0] + "-" + shortened(request)}),
+        BIG,
+        dict(right.headers),
     ),
     "too much": lambda _, right: right._replace(
         body=right.body + b"x", headers={**right.headers, "content-length": str(len(right.body) + 1)}

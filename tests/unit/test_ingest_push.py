@@ -5,14 +5,18 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from content_helpers import CountingOrigin, files_of, noise, rebuilt, safetensors_bytes, write_model
 from snowdrop.content.ingest import IngestIndex, PushOptions, PushProgress, PushResult, push_source
 from snowdrop.content.ingest.directory import DirectorySource
+from snowdrop.content.ingest.index import Progress
+from snowdrop.content.ingest.packs import Packer
 from snowdrop.content.keys import PUBLIC_KEYRING, Keyring, key_domain
 from snowdrop.content.layout import manifest_key
 from snowdrop.content.manifest import decode_manifest
@@ -370,3 +374,88 @@ def test_memory_stays_bounded_by_spans_and_packs(tmp_path: Path, monkeypatch: py
 
     push_source(Watched(source, ignored=()), Slow(), PushOptions())
     assert max(lead) <= (12 + 3 + 1 + 1) << 20
+
+
+class ByHand:
+    """An executor whose jobs run when the test says so."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, job: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.jobs.append((future, lambda: job(*arguments)))
+        return future
+
+    def run(self, at: int) -> None:
+        future, job = self.jobs[at]
+        future.set_result(job())
+
+
+def test_progress_never_reaches_beyond_a_pack_that_is_not_durable(index: IngestIndex) -> None:
+    """Packs become durable in any order; what is remembered of the file follows the earliest that is missing."""
+    done = 0
+    version = "v"
+
+    def durable() -> tuple[tuple[str, str, Progress], ...]:
+        return (("file", version, Progress(done, None, "", ())),)
+
+    threads = ByHand()
+    packer = Packer(
+        MemoryOrigin(), PUBLIC_KEYRING.hasher("public"), threads, index=index, source="s", durable=durable
+    )  # type: ignore[arg-type]
+
+    def one_pack(seed: int) -> None:
+        nonlocal done
+        data = noise(100, seed)
+        packer.add(PUBLIC_KEYRING.hasher("public").hexdigest(data), 100, "plain", memoryview(data))
+        done += 100
+        packer.flush()
+
+    one_pack(0)
+    one_pack(1)
+    threads.run(1)
+    one_pack(2)
+    assert index.progress("s", "file", version) is None
+    threads.run(0)
+    threads.run(2)
+    packer.finish()
+    progress = index.progress("s", "file", version)
+    assert progress is not None
+    assert progress.durable_bytes == 300
+
+
+def test_progress_of_another_way_of_cutting_is_not_used(
+    tmp_path: Path, index: IngestIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snowdrop.content.ingest.packs.PACK_BYTES_MAX", 4 << 20)
+    source = tmp_path / "m"
+    source.mkdir()
+    (source / "model.gguf").write_bytes(noise(20 << 20))
+    origin = Failing(2)
+    with pytest.raises(UnavailableError):
+        push(source, origin, index)
+    monkeypatch.setattr("snowdrop.content.cut.CHUNK_BYTES_MAX", 3 << 20)
+    origin.left = 100
+    assert rebuilt(origin, push(source, origin, index).artefact) == files_of(source)
+
+
+def test_a_manifest_that_the_lease_hides_is_put_again(tmp_path: Path, index: IngestIndex) -> None:
+    """Condemned objects are still readable, but do not exist for a push."""
+    source, origin = write_model(tmp_path / "m"), MemoryOrigin()
+    artefact = push(source, origin, index).artefact
+    condemned = manifest_key("public", artefact.manifest)
+    put: list[str] = []
+
+    class Leased(MemoryOrigin):
+        def exists(self, key: str) -> bool:
+            return key != condemned and super().exists(key)
+
+        def put(self, key: str, data: bytes | memoryview) -> None:
+            put.append(key)
+            super().put(key, data)
+
+    leased = Leased()
+    leased.objects = origin.objects
+    assert push(source, leased, index).artefact == artefact
+    assert put == [condemned]
