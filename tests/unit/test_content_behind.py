@@ -15,7 +15,7 @@ from snowdrop.content.manifest import decode_manifest
 from snowdrop.content.origin import MemoryOrigin
 from snowdrop.content.placement import area_layout
 from snowdrop.content.source import PackSource
-from snowdrop.domain.errors import UnavailableError
+from snowdrop.domain.errors import StorageFullError, UnavailableError
 from snowdrop.domain.manifest import Manifest
 
 SHARDS = 3
@@ -335,3 +335,61 @@ def test_a_file_in_the_tree_can_be_executed(tmp_path: Path, model: Model) -> Non
         if link.exists() and str(link.readlink()).startswith(str(model.directory)):
             flags = (link.parent.parent / "fdinfo" / link.name).read_text().split("flags:")[1].split()[0]
             assert int(flags, 8) & os.O_ACCMODE == os.O_RDONLY, link.readlink()
+
+
+class FullAt(DiskIo):
+    """No room for calls of that kind on that name, while it is set."""
+
+    def __init__(self) -> None:
+        self.call = self.name = ""
+
+    def replace(self, source: Path, target: Path) -> None:
+        self._check("replace", source)
+        super().replace(source, target)
+
+    def write(self, fd: int, view: memoryview, offset: int) -> None:
+        self._check("write", Path(f"/proc/self/fd/{fd}").readlink())
+        super().write(fd, view, offset)
+
+    def _check(self, call: str, path: Path) -> None:
+        if (call, path.name) == (self.call, self.name):
+            raise OSError(errno.ENOSPC, "full")
+
+
+@pytest.mark.parametrize(
+    ("call", "name"), [("replace", "m-1.safetensors"), ("write", "chunks.map"), ("write", "manifest.tmp")]
+)
+def test_a_step_of_the_disk_that_found_no_room_is_done_by_the_next_sync(
+    tmp_path: Path, call: str, name: str
+) -> None:
+    io = FullAt()
+    model = Model(tmp_path, io)
+    io.call, io.name = call, name
+    model.fill(model.tensor_chunks)
+    write_all(model)
+    model.write_small()
+    with pytest.raises(StorageFullError):
+        model.landing.sync()
+    assert not model.landing.is_complete
+    io.call = ""
+    model.landing.sync()
+    assert model.landing.is_complete
+    model.assert_tree()
+    again = model.reopened(boot_id="another boot")
+    assert len(again.held_chunks()) == len(model.manifest.chunks)
+    again.close()
+    model.area.close()
+
+
+def test_a_small_file_that_cannot_enter_the_tree_is_said_and_tried_again(tmp_path: Path) -> None:
+    io = FullAt()
+    model = Model(tmp_path, io)
+    io.call, io.name = "replace", "config.json"
+    with pytest.raises(StorageFullError):
+        model.write_small()
+    chunk = next(e.extents[0].chunk for e in model.manifest.files if e.path == "config.json")
+    assert not model.landing.is_verified(chunk)
+    io.call = ""
+    model.write_small()
+    assert (model.landing.tree / "config.json").read_bytes() == b"{}"
+    model.area.close()

@@ -96,9 +96,7 @@ class Landing:
             for chunk, places in enumerate(self._places):
                 if self._durable[chunk] and all(self._tree.is_complete[place.file] for place in places):
                     self._settle(chunk, written=False)
-            for index, left in enumerate(self._left):
-                if not left:
-                    self._publish(index)
+            self._publish_rest()
 
     def close(self) -> None:
         """Closes its files; what is tried afterwards fails with UnavailableError."""
@@ -111,8 +109,9 @@ class Landing:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every file is in the tree, proven and durable."""
-        return all(self._tree.is_complete) and all(
+        """Whether every file is in the tree, proven and durable, and its bits are, too."""
+        is_whole = all(self._tree.is_complete) and not self._is_map_dirty
+        return is_whole and all(
             self._verified[chunk] and self._durable[chunk] for chunk, places in enumerate(self._places) if places
         )
 
@@ -200,6 +199,7 @@ class Landing:
                 dirty = sorted(self._dirty)
             for index in dirty:
                 self._sync_file(index)
+            self._publish_rest()
             self._tree.sync_directories()
             with self._lock:
                 for chunk in claimed:
@@ -243,17 +243,28 @@ class Landing:
     def _settle(self, chunk: int, *, written: bool) -> None:
         if written:
             self._durable[chunk], self._written[chunk] = 0, 1
-        if not self._verified[chunk]:
-            self._verified[chunk] = 1
-            for index in self._files_of(chunk):
-                self._left[index] -= 1
+        if self._verified[chunk]:
+            return
+        self._count(chunk, verified=True)
+        for index in self._files_of(chunk):
+            try:
                 self._publish(index)
+            except OSError:
+                # A tensor file is read from the landing area: the next sync tries again, and says so if it fails.
+                # Any other file is wanted in the tree now.
+                if not self.manifest.files[index].tensors:
+                    self._count(chunk, verified=False)
+                    raise
+
+    def _count(self, chunk: int, *, verified: bool) -> None:
+        if self._verified[chunk] != verified:
+            self._verified[chunk] = verified
+            for index in self._files_of(chunk):
+                self._left[index] += -1 if verified else 1
 
     def _unsettle(self, chunk: int) -> None:
-        if self._verified[chunk]:
-            for index in self._files_of(chunk):
-                self._left[index] += 1
-        self._durable[chunk] = self._written[chunk] = self._verified[chunk] = 0
+        self._count(chunk, verified=False)
+        self._durable[chunk] = self._written[chunk] = 0
         self._is_map_dirty = True
         if self._behind is not None:
             self._behind.reopen(chunk)
@@ -339,6 +350,11 @@ class Landing:
         if not self._left[index] and not self._tree.is_complete[index]:
             self._files.end_writing(index)
             self._tree.publish(index)
+
+    def _publish_rest(self) -> None:
+        with self._lock:
+            for index in range(len(self._left)):
+                self._publish(index)
 
     def _present_path(self, index: int) -> Path:
         if self._is_closed:
