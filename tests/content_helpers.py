@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -114,11 +115,13 @@ class CountingOrigin(MemoryOrigin):
     def __init__(self) -> None:
         super().__init__()
         self.pack_bytes_read = 0
+        self._counting = threading.Lock()
 
     def read_range(self, key: str, offset: int, into: memoryview) -> None:
         super().read_range(key, offset, into)
         if "/packs/" in key:
-            self.pack_bytes_read += len(into)
+            with self._counting:
+                self.pack_bytes_read += len(into)
 
     def packs(self) -> list[str]:
         return sorted(key for key in self.objects if "/packs/" in key)
