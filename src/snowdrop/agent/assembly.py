@@ -110,6 +110,7 @@ def data_plane_settings(layout: StateLayout, settings: Settings) -> DataPlaneSet
         disk_bytes_max=settings.content.disk_bytes_max,
         pool_bytes=settings.content.pool_bytes,
         fetch_threads=settings.content.fetch_threads,
+        scrub_bytes_per_s=settings.content.scrub_bytes_per_s,
         keys_directory=str(layout.content_keys),
         origin=settings.content.origin_options(),
         origin_bytes_per_s_max=settings.content.origin_bytes_per_s_max,

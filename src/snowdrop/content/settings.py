@@ -20,6 +20,8 @@ class DataPlaneSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     `pool_bytes` of memory are kept ready for areas; slabs of two sizes make them up. `keys_directory` holds the
     content keys of the tenants, empty if there is only public content.
 
+    Directories are read again at `scrub_bytes_per_s`, 0 is not at all.
+
     Bytes per second from the origin are bounded in all and for each tenant; 0 is no bound.
     """
 
@@ -32,6 +34,7 @@ class DataPlaneSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     slab_bytes: Positive = SLAB_BYTES
     big_slab_bytes: Positive = BIG_SLAB_BYTES
     keys_directory: str = ""
+    scrub_bytes_per_s: NonNegative = 0
     origin: OriginOptions = OriginOptions()
     origin_bytes_per_s_max: NonNegative = 0
     tenant_bytes_per_s_max: NonNegative = 0

@@ -27,6 +27,7 @@ from snowdrop.content.disk import DiskTier
 from snowdrop.content.fetch import FetchEngine
 from snowdrop.content.landing import Landing
 from snowdrop.content.layout import PUBLIC_DOMAIN
+from snowdrop.content.mending import make_scrubber
 from snowdrop.content.origin import Origin, open_origin
 from snowdrop.content.pins import Pins
 from snowdrop.content.progress import WANTS_MAX, decode_wants
@@ -386,6 +387,7 @@ async def open_store(
     try:
         async with anyio.create_task_group() as tasks:
             await tasks.start(store.run)
+            tasks.start_soon(make_scrubber(origin, disk, engine, keys, settings.scrub_bytes_per_s).run)
             yield store
             tasks.cancel_scope.cancel()
     finally:

@@ -68,6 +68,7 @@ class ContentSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Where content comes from and how much of it the node keeps. An empty origin is a folder in the state.
 
     `ram_bytes_max` bounds landing areas and what is kept ready for them, of which there are `pool_bytes`.
+    What is on disk is read again at `scrub_bytes_per_s`, 0 is not at all.
     Secrets are no settings: they come from the environment, or from `origin_credentials_file`. The two limits of
     bytes per second are of this node, 0 is none; `tenant_bytes_per_s_max` holds for each tenant by itself.
     """
@@ -85,6 +86,7 @@ class ContentSettings(msgspec.Struct, frozen=True, kw_only=True):
     pool_bytes: Bytes = 1 << 30
     disk_bytes_max: SomeBytes = 100 << 30
     fetch_threads: Workers = 8
+    scrub_bytes_per_s: Bytes = 32 << 20
 
     def origin_options(self) -> OriginOptions:
         """How to reach `origin_url`."""
