@@ -353,18 +353,72 @@ async def test_pinned_artefacts_stay_and_others_make_room(tmp_path: Path, origin
         assert (await ensure(store, digests[0], "h0")).content.origin > 0
 
 
-async def test_two_artefacts_that_share_chunks_are_both_right(tmp_path: Path, origin: CountingOrigin) -> None:
-    one, two = write_model(tmp_path / "one"), write_model(tmp_path / "two")
-    tensors = {"again": ("U8", [300 << 10], noise(300 << 10, 1)), "own": ("U8", [10], noise(10))}
-    (two / "model.safetensors").write_bytes(safetensors_bytes(tensors))
-    (two / "copy.bin").write_bytes(noise(300 << 10, 1))
-    digests = [push(one, origin).artefact.manifest, push(two, origin).artefact.manifest]
+def write_base_and_tune(root: Path) -> tuple[Path, Path, int]:
+    """Two models that share all but one tensor, and the bytes of the second that are its own."""
+    base, tune = root / "base", root / "tune"
+    for folder, seed in ((base, 50), (tune, 60)):
+        folder.mkdir(parents=True)
+        tensors = {f"t{index}": ("U8", [2 << 20], noise(2 << 20, index)) for index in range(3)}
+        tensors["head"] = ("U8", [1 << 20], noise(1 << 20, seed))
+        (folder / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+    return base, tune, 1 << 20
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["in memory", "on disk"])
+async def test_a_fine_tune_takes_what_it_shares_from_its_base(
+    tmp_path: Path, origin: CountingOrigin, resident: bool
+) -> None:
+    base, tune, own_bytes = write_base_and_tune(tmp_path)
+    first, second = (push(each, origin).artefact.manifest for each in (base, tune))
+    cache = tmp_path / "cache"
+    if not resident:
+        await landed_once(cache, first, origin)
+    async with open_store(settings_for(cache), origin=origin) as store:
+        if resident:
+            await ensure(store, first, "base")
+        before = origin.pack_bytes_read
+        landed = await ensure(store, second, "tune")
+        assert area_bytes(landed, "model.safetensors") == (tune / "model.safetensors").read_bytes()
+        assert own_bytes <= origin.pack_bytes_read - before == landed.content.origin < own_bytes + 4096
+        shared = landed.content.ram if resident else landed.content.disk
+        assert shared == landed.content.total - landed.content.origin > 5 << 20
+        await store.wait_directory(second)
+        assert_tree(landed, tune)
+        assert origin.pack_bytes_read - before == landed.content.origin
+
+
+async def test_wrong_bytes_of_another_artefact_are_not_taken_over(tmp_path: Path, origin: CountingOrigin) -> None:
+    base, tune, _ = write_base_and_tune(tmp_path)
+    first, second = (push(each, origin).artefact.manifest for each in (base, tune))
+    cache = tmp_path / "cache"
+    await landed_once(cache, first, origin)
+    overwrite(landing_of(cache, first) / "tree/model.safetensors", 3 << 20, b"wrong")
+    async with open_store(settings_for(cache), origin=origin) as store:
+        landed = await ensure(store, second)
+        assert area_bytes(landed, "model.safetensors") == (tune / "model.safetensors").read_bytes()
+        assert 3 << 20 <= landed.content.origin < 4 << 20, "the damaged chunk and the own one"
+
+
+async def test_a_redeploy_of_code_and_a_second_replica_take_no_byte_of_the_model(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    digest = push(source, origin).artefact.manifest
+    codes = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "service.py").write_text(f"# {name}")
+        codes.append(push(tmp_path / name, origin).artefact.manifest)
     async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
-        for digest, source in zip(digests, (one, two), strict=True):
-            landed = await ensure(store, digest)
-            assert area_bytes(landed, "model.safetensors") == (source / "model.safetensors").read_bytes()
-            await store.wait_directory(digest)
-            assert_tree(landed, source)
+        first = await ensure(store, digest, "rep-1")
+        await ensure(store, codes[0], "rep-1", map_tensors=False)
+        before, used = origin.pack_bytes_read, store.ram_bytes
+        for holder, code in (("rep-2", codes[0]), ("rep-3", codes[1])):
+            again = await ensure(store, digest, holder)
+            await ensure(store, code, holder, map_tensors=False)
+            assert again.content.origin == 0
+            assert again.area is first.area
+        assert store.ram_bytes == used, "no second copy in memory"
+        assert origin.pack_bytes_read == before + len("# two")
 
 
 class Slow(CountingOrigin):

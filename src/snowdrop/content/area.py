@@ -48,9 +48,16 @@ class Area:
             pool.give_back(self.slabs)
             raise
         self._view = memory_at(self.slabs[0].address, layout.size) if self.slabs else memoryview(bytearray())
+        self._index = {manifest.chunks[chunk].digest: chunk for chunk in layout.whole}
         self._lock = threading.Lock()
         self._users = 0
         self._is_closed = False
+
+    def find(self, key_domain: str, digest: str) -> int | None:
+        """The number of the chunk of that name, if the area has a place for all of it."""
+        if key_domain != self._manifest.key_domain:
+            return None
+        return self._index.get(digest)
 
     @property
     def slab_bytes(self) -> int:

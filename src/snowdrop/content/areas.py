@@ -27,6 +27,15 @@ class Areas:
         self._engine = engine
         self._pool_bytes = pool_bytes
         self._owners: dict[Area, Artefact] = {}
+        self._all: tuple[Area, ...] = ()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._ram.used_bytes
+
+    def all(self) -> tuple[Area, ...]:
+        """The areas of the node; from any thread."""
+        return self._all
 
     async def get(self, artefact: Artefact, is_held: IsHeld) -> Area:
         """The artefact's area, made if there is none. Raises StorageFullError."""
@@ -57,12 +66,14 @@ class Areas:
     def _own(self, artefact: Artefact, area: Area) -> None:
         with self._engine.lock:
             self._owners[area] = artefact
+            self._all = tuple(self._owners)
             artefact.fill.area = area
 
     def _let_go(self, victims: list[Area]) -> None:
         with self._engine.lock:
             for victim in victims:
                 self._owners.pop(victim).fill.area = None
+            self._all = tuple(self._owners)
 
     async def keep(self, is_held: IsHeld) -> None:
         """Grows and shrinks the pool as `policy.pool` decides, for ever."""

@@ -49,7 +49,8 @@ class Fill:
         self.layout = layout
         self.area: Area | None = None
         self.landing: Landing | None = None
-        self.siblings: ChunkSource | None = None
+        self.siblings: tuple[ChunkSource, ...] = ()
+        """Other artefacts of the node that may have some of the chunks, the nearest first."""
         self.last = last
         self.readers: dict[str, Reader] = {}
         self.flights = 0
@@ -203,7 +204,7 @@ class Fill:
 
     def _source_of(self, chunk: int) -> ChunkSource:
         """The nearest that has it."""
-        for source in (self.landing, self.area, self.siblings):
+        for source in (self.landing, self.area, *self.siblings):
             if source is not None and source.holds(chunk):
                 return source
         return self.last
@@ -259,7 +260,7 @@ class Fill:
 
     def read_verified(self, chunk: int, into: memoryview) -> None:
         """One chunk from the nearest source that has it right, for a caller's own memory. Raises as the source."""
-        for source in (self.landing, self.area, self.siblings, self.last):
+        for source in (self.landing, self.area, *self.siblings, self.last):
             if source is None or not source.holds(chunk):
                 continue
             try:

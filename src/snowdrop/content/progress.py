@@ -117,10 +117,11 @@ class ProgressWriter:
             _U32.pack_into(self._map, _STATE_AT, state)
 
     def close(self) -> None:
-        """Readers keep their mappings."""
-        self.filled.release()
-        self._view.release()
-        self._map.close()
+        """Readers keep their mappings. Whoever still looks at `filled` finds nothing there."""
+        # Not released by hand: another thread may be looking. The mapping goes with the last reference.
+        self.filled = memoryview(bytes(len(self.filled)))
+        self._view = memoryview(b"")
+        self._map = mmap.mmap(-1, len(self._map))
         os.close(self._fd)
 
     def _add(self, area_bytes: int) -> None:

@@ -32,6 +32,7 @@ from snowdrop.content.origin import Origin, open_origin
 from snowdrop.content.pins import Pins
 from snowdrop.content.progress import WANTS_MAX, decode_wants
 from snowdrop.content.settings import DataPlaneSettings
+from snowdrop.content.siblings import AreaSiblings, DiskSiblings
 from snowdrop.content.slabs import SlabPool
 from snowdrop.content.source import Tier
 from snowdrop.domain.errors import (
@@ -114,6 +115,7 @@ class ContentStore:
                 if is_whole and not artefact.has_room:
                     raise _no_directory(artefact.manifest, "scale another deployment down")
                 area = await self._areas.get(artefact, self._is_held) if use_area else None
+                await self._look_around(artefact, landing, area)
             try:
                 if area is not None:
                     wake = self._attach(artefact, holder, lazy=lazy)
@@ -223,6 +225,11 @@ class ContentStore:
             raise NotFoundError("the artefact is not on this node", where=digest, next_step="ensure it first")
         return artefact.manifest
 
+    @property
+    def ram_bytes(self) -> int:
+        """What the landing areas take."""
+        return self._areas.used_bytes
+
     async def wait_quiet(self) -> None:
         """Returns when no read is under way."""
         await anyio.to_thread.run_sync(self._engine.wait_quiet)
@@ -283,6 +290,17 @@ class ContentStore:
             artefact.fill.drop_wake(holder, wake)
 
     # --- files --------------------------------------------------------------------------------------------
+
+    async def _look_around(self, artefact: Artefact, landing: Landing, area: Area | None) -> None:
+        """Which other artefacts of the node have what is missing here."""
+        if landing.is_complete or (area is not None and area.is_complete):
+            return
+        missing = [chunk for chunk in artefact.all_chunks if not landing.holds(chunk)]
+        on_disk = DiskSiblings(artefact.manifest)
+        await anyio.to_thread.run_sync(on_disk.look, self._disk, missing, landing)
+        in_memory = AreaSiblings(artefact.manifest, self._areas.all)
+        with self._engine.lock:
+            artefact.fill.siblings = (in_memory, on_disk)
 
     async def _bring_files(self, artefact: Artefact, wanted: list[int]) -> ContentBytes:
         sizes = artefact.manifest.chunks
