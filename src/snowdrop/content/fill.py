@@ -197,10 +197,11 @@ class Fill:
         return not self.area.is_filled(chunk)
 
     def _is_in_area(self, chunk: int) -> bool:
-        return self.area is not None and self.area.is_filled(chunk)
+        # One that is still in flight may be there, but is not booked yet: whose bytes they were is not known.
+        return self.area is not None and self.area.is_filled(chunk) and not self._in_flight[chunk]
 
     def _is_on_disk(self, chunk: int) -> bool:
-        return self.landing is not None and self.landing.is_verified(chunk)
+        return self.landing is not None and self.landing.is_verified(chunk) and not self._in_flight[chunk]
 
     def _source_of(self, chunk: int) -> ChunkSource:
         """The nearest that has it."""
