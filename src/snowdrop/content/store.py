@@ -30,7 +30,7 @@ from snowdrop.content.layout import PUBLIC_DOMAIN
 from snowdrop.content.mending import make_scrubber
 from snowdrop.content.origin import Origin, open_origin
 from snowdrop.content.pins import Pins
-from snowdrop.content.progress import WANTS_MAX, decode_wants
+from snowdrop.content.readers import Readers
 from snowdrop.content.settings import DataPlaneSettings
 from snowdrop.content.siblings import AreaSiblings, DiskSiblings
 from snowdrop.content.slabs import SlabPool
@@ -45,8 +45,6 @@ from snowdrop.domain.manifest import Manifest
 from snowdrop.domain.receipt import ContentBytes, Span
 
 POOL_TICK_S = 0.5
-WANTS_REST_S = 0.005
-"""Between two want packets of one reader: one that sends without end gets no more of the loop than this."""
 
 
 class Landed(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +78,7 @@ class ContentStore:
         self._engine = engine
         self._keys = keys
         self._completer = Completer(engine)
+        self._readers = Readers(engine)
         self._pins = Pins()
         self._artefacts: dict[Digest, Artefact] = {}
         self._opening = anyio.Lock()
@@ -118,7 +117,7 @@ class ContentStore:
                 await self._look_around(artefact, landing, area)
             try:
                 if area is not None:
-                    wake = self._attach(artefact, holder, lazy=lazy)
+                    wake = self._readers.attach(self._running, artefact, holder, lazy=lazy)
                 with _span(spans, "files"):
                     wanted = artefact.all_chunks if is_whole else artefact.eager_chunks
                     content = await self._bring_files(artefact, wanted)
@@ -209,14 +208,14 @@ class ContentStore:
         self._pins.release(holder)
         for artefact in self._artefacts.values():
             if holder in artefact.fill.readers:
-                self._detach(artefact, holder)
+                self._readers.detach(artefact, holder)
 
     def drop(self, holder: str, digest: Digest) -> None:
         """Takes back one `ensure` whose answer nobody wants any more."""
         self._pins.drop(holder, digest)
         artefact = self._artefacts.get(digest)
         if artefact is not None and not self._pins.has(holder, digest):
-            self._detach(artefact, holder)
+            self._readers.detach(artefact, holder)
 
     def manifest(self, digest: Digest) -> Manifest:
         """Of an artefact that has been ensured; raises NotFoundError otherwise."""
@@ -240,56 +239,23 @@ class ContentStore:
             self._tasks.start_soon(self._areas.keep, self._is_held)
             task_status.started()
 
-    # --- readers ------------------------------------------------------------------------------------------
+    # --- inside -------------------------------------------------------------------------------------------
+
+    @property
+    def _running(self) -> anyio.abc.TaskGroup:
+        if self._tasks is None:
+            raise RuntimeError("the store does not run")
+        return self._tasks
 
     def _is_held(self, digest: Digest) -> bool:
         artefact = self._artefacts.get(digest)
         return self._pins.is_pinned(digest) or (artefact is not None and artefact.fill.is_busy)
 
-    def _attach(self, artefact: Artefact, holder: str, *, lazy: bool) -> socket.socket:
-        if self._tasks is None:
-            raise RuntimeError("the store does not run")
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        with self._engine.lock:
-            artefact.fill.attach(holder, ours, is_lazy=lazy)
-        self._engine.kick(artefact.fill)
-        self._tasks.start_soon(self._listen, artefact, holder, ours)
-        return theirs
-
     def _abandon(self, artefact: Artefact, holder: str, wake: socket.socket | None) -> None:
         if wake is not None:
             wake.close()
             if not self._pins.has(holder, artefact.digest):
-                self._detach(artefact, holder)
-
-    def _detach(self, artefact: Artefact, holder: str) -> None:
-        with self._engine.lock:
-            artefact.fill.detach(holder)
-        artefact.tell()
-
-    async def _listen(self, artefact: Artefact, holder: str, wake: socket.socket) -> None:
-        """Takes a reader's wants until it closes its end or is detached."""
-        try:
-            while True:
-                await anyio.wait_readable(wake)
-                try:
-                    packet = wake.recv(4 * WANTS_MAX)
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    return
-                if not packet:
-                    return
-                wants = decode_wants(packet, len(artefact.manifest.chunks))
-                with self._engine.lock:
-                    artefact.fill.want(wants)
-                self._engine.kick(artefact.fill)
-                await anyio.sleep(WANTS_REST_S)
-        finally:
-            artefact.fill.drop_wake(holder, wake)
-
-    # --- files --------------------------------------------------------------------------------------------
+                self._readers.detach(artefact, holder)
 
     async def _look_around(self, artefact: Artefact, landing: Landing, area: Area | None) -> None:
         """Which other artefacts of the node have what is missing here."""
@@ -341,12 +307,10 @@ class ContentStore:
         return landing
 
     def _complete_behind(self, artefact: Artefact, landing: Landing) -> anyio.Event:
-        if self._tasks is None:
-            raise RuntimeError("the store does not run")
         if artefact.behind is None:
             artefact.behind = anyio.Event()
             artefact.behind_error = None
-            self._tasks.start_soon(self._completer.complete, artefact, landing, artefact.fill.area)
+            self._running.start_soon(self._completer.complete, artefact, landing, artefact.fill.area)
         return artefact.behind
 
     @contextmanager

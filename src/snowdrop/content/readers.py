@@ -1,0 +1,59 @@
+"""The sockets between a landing area and its readers: wake-ups go out, wants come in."""
+
+from __future__ import annotations
+
+import socket
+
+import anyio
+import anyio.abc
+
+from snowdrop.content.artefact import Artefact
+from snowdrop.content.fetch import FetchEngine
+from snowdrop.content.progress import WANTS_MAX, decode_wants
+
+WANTS_REST_S = 0.005
+"""Between two want packets of one reader: one that sends without end gets no more of the loop than this."""
+
+
+class Readers:
+    """For one event loop."""
+
+    def __init__(self, engine: FetchEngine) -> None:
+        self._engine = engine
+
+    def attach(self, tasks: anyio.abc.TaskGroup, artefact: Artefact, holder: str, *, lazy: bool) -> socket.socket:
+        """Begins to fill the artefact's area for `holder`; gives the reader's end of its socket."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with self._engine.lock:
+            artefact.fill.attach(holder, ours, is_lazy=lazy)
+        self._engine.kick(artefact.fill)
+        tasks.start_soon(self._listen, artefact, holder, ours)
+        return theirs
+
+    def detach(self, artefact: Artefact, holder: str) -> None:
+        """`holder` no longer reads: what only it wanted is not fetched."""
+        with self._engine.lock:
+            artefact.fill.detach(holder)
+        artefact.tell()
+
+    async def _listen(self, artefact: Artefact, holder: str, wake: socket.socket) -> None:
+        """Takes a reader's wants until it closes its end or is detached."""
+        try:
+            while True:
+                await anyio.wait_readable(wake)
+                try:
+                    packet = wake.recv(4 * WANTS_MAX)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    return
+                if not packet:
+                    return
+                wants = decode_wants(packet, len(artefact.manifest.chunks))
+                with self._engine.lock:
+                    artefact.fill.want(wants)
+                self._engine.kick(artefact.fill)
+                await anyio.sleep(WANTS_REST_S)
+        finally:
+            artefact.fill.drop_wake(holder, wake)
