@@ -393,3 +393,29 @@ def test_a_small_file_that_cannot_enter_the_tree_is_said_and_tried_again(tmp_pat
     model.write_small()
     assert (model.landing.tree / "config.json").read_bytes() == b"{}"
     model.area.close()
+
+
+class WriteBacks(DiskIo):
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, int, int]] = []
+
+    def begin_write_back(self, fd: int, offset: int, length: int) -> None:
+        self.begun.append((Path(f"/proc/self/fd/{fd}").readlink().name, offset, length))
+        super().begin_write_back(fd, offset, length)
+
+
+def test_large_pieces_of_a_directory_load_leave_for_the_disk_at_once(tmp_path: Path) -> None:
+    io = WriteBacks()
+    model = Model(tmp_path, io)
+    for chunk in range(len(model.manifest.chunks)):
+        model.landing.write(chunk, model.chunk(chunk))
+    large = {
+        (entry.path, extent.file_offset, extent.length)
+        for entry in model.manifest.files
+        for extent in entry.extents
+        if extent.length >= 256 << 10
+    }
+    assert set(io.begun) == large
+    model.landing.sync()
+    model.assert_tree()
+    model.area.close()

@@ -6,12 +6,18 @@ power cut could leave is then made.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
 from snowdrop.domain.errors import SnowdropError, StorageFullError, UnavailableError
+
+_SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 class DiskIo:
@@ -39,6 +45,11 @@ class DiskIo:
         while view:
             count = os.pwrite(fd, view, offset)
             view, offset = view[count:], offset + count
+
+    def begin_write_back(self, fd: int, offset: int, length: int) -> None:
+        """Has the kernel begin to write what lies dirty there; nothing is durable for that. Never fails."""
+        if _sync_file_range is not None:
+            _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
     def sync_data(self, fd: int) -> None:
         os.fdatasync(fd)

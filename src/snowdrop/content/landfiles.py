@@ -20,6 +20,8 @@ from snowdrop.content.diskio import DiskIo
 from snowdrop.content.placement import FilePlace
 from snowdrop.domain.manifest import Manifest
 
+WRITE_BACK_BYTES_MIN = 256 << 10
+
 
 class LandingFiles:
     """`path_of` says where a file lies now and raises OSError if it is gone; it is called under `lock`.
@@ -64,9 +66,14 @@ class LandingFiles:
             return read_buffered(fd, place.file_offset, into)
 
     def write(self, place: FilePlace, data: memoryview) -> None:
-        """Writes `data` at `place`, through the page cache."""
+        """Writes `data` at `place`, through the page cache. Much of it is sent on to the disk at once.
+
+        So a large load leaves little dirty memory, and the sync after it has little to wait for.
+        """
         with self._writing(place.file) as fd:
             self._io.write(fd, data, place.file_offset)
+            if len(data) >= WRITE_BACK_BYTES_MIN:
+                self._io.begin_write_back(fd, place.file_offset, len(data))
 
     def write_block(self, block: Block, view: memoryview) -> None:
         """Writes a block past the page cache, but for the part of a page at the end of the file."""
