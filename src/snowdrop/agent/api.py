@@ -14,6 +14,7 @@ from anyio.streams.memory import MemoryObjectSendStream
 
 from snowdrop.agent.context import log_folder
 from snowdrop.agent.logs import LogLine, follow, read
+from snowdrop.agent.store_api import Plane, add_store_routes
 from snowdrop.domain.errors import InvalidInputError
 
 FOLLOWED_MAX = 32
@@ -33,8 +34,8 @@ class ReplicaLine(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
-def build_agent_api(logs: Path, is_living: Callable[[str], bool]) -> web.Application:
-    """`GET /logs/{tenant}/{deployment}?tail=N&follow=0|1&replica=ID`."""
+def build_agent_api(logs: Path, is_living: Callable[[str], bool], plane: Plane | None = None) -> web.Application:
+    """`GET /logs/{tenant}/{deployment}?tail=N&follow=0|1&replica=ID`, and `/store/...` with the data plane."""
 
     async def get_logs(request: web.Request) -> web.StreamResponse:
         try:
@@ -55,6 +56,8 @@ def build_agent_api(logs: Path, is_living: Callable[[str], bool]) -> web.Applica
 
     app = web.Application()
     app.router.add_get("/logs/{tenant}/{deployment}", get_logs)
+    if plane is not None:
+        add_store_routes(app, plane)
     return app
 
 

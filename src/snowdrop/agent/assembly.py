@@ -80,7 +80,7 @@ async def run_agent(
     )
     record = node_record(agent, launcher)
     link = AgentLink(str(layout.link_socket), str(layout.agent_socket), record, fresh_id("inc"))
-    api = build_agent_api(layout.replica_logs, node.is_living)
+    api = build_agent_api(layout.replica_logs, node.is_living, keeper.current)
     add_mount_routes(api, mounts)
     try:
         async with serving_unix(api, layout.agent_socket), anyio.create_task_group() as background:

@@ -14,6 +14,7 @@ import msgspec
 from snowdrop.domain.errors import PlatformDownError, ProtocolError, SnowdropError, error_from_body
 from snowdrop.domain.layout import StateLayout
 from snowdrop.wire.api import TENANT_HEADER, ApiError
+from snowdrop.wire.upkeep import WorkLine
 
 CALL_S_MAX = 60.0
 T = TypeVar("T")
@@ -61,6 +62,22 @@ class Client:
         response = self._request("DELETE", path, None, {}, CALL_S_MAX)
         with response:
             response.read()
+
+    def work(self, *path: str, body: Any) -> Iterator[WorkLine]:
+        """Long work that control has done for us: how far it is, as it comes. Raises the error that ends it."""
+        with self._request("POST", path, body, {}, CALL_S_MAX) as response:
+            is_done = False
+            try:
+                for line in response:
+                    if b'"error"' in line:
+                        raise answered_error(line)
+                    told = msgspec.json.decode(line, type=WorkLine)
+                    is_done = told.is_done
+                    yield told
+            except (OSError, http.client.HTTPException, msgspec.DecodeError) as error:
+                raise _broken_off(path, error) from error
+            if not is_done:
+                raise _broken_off(path, EOFError("its answer ends early"))
 
     def lines(self, *path: str, **query: Any) -> Iterator[bytes]:
         """The lines of a streaming answer, as they come, for as long as they come."""
@@ -112,6 +129,14 @@ class Client:
             with response:
                 raise answered_error(response.read())
         return response
+
+
+def _broken_off(path: tuple[str, ...], error: Exception) -> PlatformDownError:
+    return PlatformDownError(
+        f"the work was broken off: {str(error) or type(error).__name__}",
+        where="/".join(path),
+        next_step="run the command again: it goes on from what is there",
+    )
 
 
 def answered_error(data: bytes) -> SnowdropError:

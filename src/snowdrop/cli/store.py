@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
-from snowdrop.cli import store_keys, verifying
+from snowdrop.cli import node_store, store_keys, verifying
 from snowdrop.cli.output import (
     EXIT_FAILED,
     Context,
@@ -36,51 +36,84 @@ app.add_typer(store_keys.app, name="keys")
 
 @app.command()
 def stats(json: JsonFlag = False) -> None:
-    """Show what the origin holds, and what of it is garbage."""
+    """Show what the origin and the node hold: bytes, sharing, garbage, pins, wrong chunks."""
     with reported():
         ctx = context(json=json)
+        node = node_store.node_stats(ctx)
+        content = node_store.node_content(ctx)
         origin = origin_of(ctx)
         observed = observer_of(ctx, origin).observe(now_unix_ns=time.time_ns())
         figures = origin_stats(observed, now_unix_ns=time.time_ns())
         if ctx.json:
-            say_json({"origin": figures})
+            say_json({"origin": figures, "node": node, "content": content})
             return
         print_origin(figures)
+        console.print()
+        node_store.print_node(node, content)
 
 
 @app.command()
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted; change nothing.")] = False,
     grace_s: Annotated[
-        float | None, typer.Option(help="Keep what was condemned or written within so many seconds.", min=0.0)
+        float | None,
+        typer.Option(help="Keep what was condemned, written or used within so many seconds.", min=0.0),
     ] = None,
     forget: Annotated[
         str | None, typer.Option("--forget-platform", help="Drop the roots of a platform that is gone for ever.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Delete what nothing names at the origin, once it has been condemned for the grace period."""
+    """Delete what nothing names, at the origin (condemned for the grace period) and on the node."""
     with reported():
         ctx = context(json=json)
         grace = ctx.resolved.settings.content.collect_grace_s if grace_s is None else grace_s
         origin = origin_of(ctx)
         if forget is not None:
             _forget(ctx, origin, forget, dry_run=dry_run)
+        report = _collect(ctx, origin, grace, dry_run=dry_run)
+        if not ctx.json:
+            print_collection(report)
+        cleaned = node_store.clean_node(ctx, grace_s=grace, dry_run=dry_run)
+        if ctx.json:
+            say_json({"origin": report, "node": cleaned})
+        else:
+            node_store.print_cleaned(cleaned, dry_run=dry_run)
+
+
+@app.command()
+def pin(
+    what: Annotated[str, typer.Argument(metavar="NAME|DIGEST", help="A model, or a manifest's digest.")],
+    json: JsonFlag = False,
+) -> None:
+    """Bring content to the node now and never evict it there, until it is unpinned."""
+    with reported():
+        ctx = context(json=json)
         with Progress(
             SpinnerColumn(), TextColumn("{task.description}"), console=errors, disable=ctx.json, transient=True
         ) as bar:
-            task = bar.add_task("taking stock")
-
-            def progress(state: CollectionProgress) -> None:
-                counts = f" {state.done} of {state.total}" if state.total else ""
-                bar.update(task, description=f"{state.step}{counts}")
-
-            collector = Collector(origin, observer_of(ctx, origin), grace_s=grace, progress=progress)
-            report = collector.run(dry_run=dry_run)
+            task = bar.add_task(f"bringing {what}")
+            artefact = node_store.pin(ctx, what, lambda: bar.update(task))
         if ctx.json:
-            say_json({"origin": report})
+            say_json({"pinned": artefact.manifest})
         else:
-            print_collection(report)
+            console.print(
+                f"pinned {what}: all of it is on the node and stays\n  {artefact.manifest}", soft_wrap=True
+            )
+
+
+@app.command()
+def unpin(
+    what: Annotated[str, typer.Argument(metavar="NAME|DIGEST", help="As it was pinned.")], json: JsonFlag = False
+) -> None:
+    """Let the node evict content again when it needs the room."""
+    with reported():
+        ctx = context(json=json)
+        found = node_store.unpin(ctx, what)
+        if ctx.json:
+            say_json({"unpinned": found})
+        else:
+            console.print(f"unpinned {what}")
 
 
 @app.command()
@@ -90,7 +123,7 @@ def verify(
     at_origin: Annotated[bool, typer.Option("--origin", help="Read every pack at the origin too.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Read stored content back and compare every byte with its digest. Exit code 1 if something stays wrong."""
+    """Read the node's copies back, mend what is wrong; exit code 1 if something stays wrong."""
     with reported():
         ctx = context(json=json)
         if everything == (name is not None):
@@ -102,6 +135,20 @@ def verify(
             verifying.print_result(result)
         if not result.ok:
             raise typer.Exit(EXIT_FAILED)
+
+
+def _collect(ctx: Context, origin: Origin, grace_s: float, *, dry_run: bool) -> CollectionReport:
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), console=errors, disable=ctx.json, transient=True
+    ) as bar:
+        task = bar.add_task("taking stock")
+
+        def progress(state: CollectionProgress) -> None:
+            counts = f" {state.done} of {state.total}" if state.total else ""
+            bar.update(task, description=f"{state.step}{counts}")
+
+        collector = Collector(origin, observer_of(ctx, origin), grace_s=grace_s, progress=progress)
+        return collector.run(dry_run=dry_run)
 
 
 def origin_of(ctx: Context) -> Origin:
@@ -137,7 +184,7 @@ def print_origin(figures: OriginStats) -> None:
 
 def print_collection(report: CollectionReport) -> None:
     verb = "would delete" if report.dry_run else "deleted"
-    console.print(f"{verb} {report.deleted_objects} objects, {human_bytes(report.deleted_bytes)}")
+    console.print(f"origin: {verb} {report.deleted_objects} objects, {human_bytes(report.deleted_bytes)}")
     if report.condemned_objects:
         condemned = f"{report.condemned_objects} condemned objects ({human_bytes(report.condemned_bytes)})"
         console.print(f"  {condemned} go when their grace period is over")

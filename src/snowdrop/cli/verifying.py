@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import msgspec
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
+from snowdrop.cli.node_store import NodeArtefact, NodeVerified, print_verified, resolve, verify_node
 from snowdrop.cli.output import Context, console, errors, human_bytes
 from snowdrop.content.gcformat import Root
 from snowdrop.content.keys import load_keyring
@@ -14,14 +23,17 @@ from snowdrop.content.signing import KeyStore
 from snowdrop.content.verify import OriginVerified, Problem, VerifyProgress, verify_names, verify_origin
 from snowdrop.domain.deployment import ModelRecord
 from snowdrop.wire.api import Info, StoreModels, StoreRoots
+from snowdrop.wire.upkeep import WorkLine
 
 SHOWN_MAX = 50
+_COUNTED = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
     """The whole result. `ok` says that nothing is wrong that could not be repaired."""
 
     ok: bool
+    node: tuple[NodeVerified, ...]
     names: tuple[Problem, ...]
     origin: OriginVerified | None
 
@@ -32,11 +44,16 @@ def verify(ctx: Context, name: str | None, *, at_origin: bool) -> Verification:
     origin = open_origin(info.origin_url, info.origin)
     if name is not None:
         models = [ctx.client.get(ModelRecord, "models", name)]
-        roots = [Root(model.artefact.key_domain, model.artefact.manifest) for model in models]
+        wanted = [resolve(ctx, name)]
     else:
         models = list(ctx.client.get(StoreModels, "store", "models").models)
         named = ctx.client.get(StoreRoots, "store", "roots").roots
-        roots = [Root(root.key_domain, root.manifest) for root in named]
+        wanted = [
+            NodeArtefact(manifest=root.manifest, key_domain=root.key_domain, name=", ".join(root.named_by))
+            for root in named
+        ]
+    node = [_on_node(ctx, artefact) for artefact in wanted]
+    roots = [Root(artefact.key_domain, artefact.manifest) for artefact in wanted]
     names: list[Problem] = []
     found: OriginVerified | None = None
     if at_origin:
@@ -50,11 +67,23 @@ def verify(ctx: Context, name: str | None, *, at_origin: bool) -> Verification:
                 bar.update(task, completed=state.done_bytes, total=state.total_bytes)
 
             found = verify_origin(origin, roots, load_keyring(ctx.layout.content_keys), progress=progress)
-    ok = not names and (found is None or not found.problems)
-    return Verification(ok=ok, names=tuple(names), origin=found)
+    node_ok = not any(chunk.problem for one in node for chunk in one.bad)
+    ok = node_ok and not names and (found is None or not found.problems)
+    return Verification(ok=ok, node=tuple(node), names=tuple(names), origin=found)
+
+
+def _on_node(ctx: Context, artefact: NodeArtefact) -> NodeVerified:
+    with Progress(*_COUNTED, console=errors, disable=ctx.json, transient=True) as bar:
+        task = bar.add_task(f"reading {artefact.name} on the node", total=None)
+
+        def progress(line: WorkLine) -> None:
+            bar.update(task, completed=line.done, total=line.total or None)
+
+        return verify_node(ctx, artefact, progress)
 
 
 def print_result(result: Verification) -> None:
+    print_verified(list(result.node))
     for problem in result.names:
         console.print(f"[red]wrong[/] name {problem.where}: {problem.what}", soft_wrap=True)
     found = result.origin

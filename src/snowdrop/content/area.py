@@ -211,6 +211,11 @@ class RamTier:
         if area is not None:
             self._areas[digest] = area
 
+    def drop(self, digest: Digest) -> Area | None:
+        """Forgets and gives the artefact's area, to be closed; None if there is none or somebody uses it."""
+        area = self._areas.get(digest)
+        return self._areas.pop(digest) if area is not None and area.retire() else None
+
     def least_used(self, is_held: Callable[[Digest], bool]) -> Area | None:
         """Forgets and gives the least recently used area that nobody holds, to be closed."""
         for digest, area in self._areas.items():

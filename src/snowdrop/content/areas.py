@@ -63,6 +63,20 @@ class Areas:
         self._own(artefact, made)
         return made
 
+    @property
+    def ram(self) -> RamTier:
+        return self._ram
+
+    async def drop(self, digest: Digest) -> int:
+        """Gives the slabs of an artefact's area back; its bytes, 0 if there is none or somebody uses it."""
+        area = self._ram.drop(digest)
+        if area is None:
+            return 0
+        size = area.slab_bytes
+        self._let_go([area])
+        await anyio.to_thread.run_sync(area.close)
+        return size
+
     def _own(self, artefact: Artefact, area: Area) -> None:
         with self._engine.lock:
             self._owners[area] = artefact

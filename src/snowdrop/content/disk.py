@@ -113,8 +113,21 @@ class DiskTier:
             self._lock_fd = -1
 
     @property
+    def bytes_max(self) -> int:
+        return self._bytes_max
+
+    @property
     def used_bytes(self) -> int:
         return sum(kept.size for kept in self._kept.values())
+
+    def kept(self) -> dict[Digest, tuple[int, int]]:
+        """Every artefact in the books: its bytes, and when it was last used in ns since 1970."""
+        return {Digest(PREFIX + name): (kept.size, kept.used_ns) for name, kept in self._kept.items()}
+
+    def forget(self, digest: Digest) -> int:
+        """Takes an artefact out of the books; `evict` must follow. Its bytes, 0 if it was not in them."""
+        kept = self._kept.pop(self._path(digest).name, None)
+        return kept.size if kept is not None else 0
 
     def cached_manifest(self, digest: Digest, hasher: Hasher | None = None) -> Manifest | None:
         """The manifest as an earlier fetch left it; None if there is none or it is not what its digest says.

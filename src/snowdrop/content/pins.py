@@ -38,5 +38,9 @@ class Pins:
     def is_pinned(self, digest: Digest) -> bool:
         return any(digest in counts for counts in self._held.values())
 
+    def holders(self, digest: Digest) -> list[str]:
+        """Everybody who holds an artefact."""
+        return [holder for holder, counts in self._held.items() if digest in counts]
+
     def pinned(self) -> set[Digest]:
         return {digest for counts in self._held.values() for digest in counts}

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import anyio
 import anyio.abc
@@ -68,6 +69,18 @@ class Filled(msgspec.Struct, frozen=True, kw_only=True):
     spans: tuple[Span, ...]
 
 
+class StoreParts(NamedTuple):
+    """A store's parts, for upkeep, which keeps its rules: one event loop, `opening` around evictions."""
+
+    areas: Areas
+    disk: DiskTier
+    engine: FetchEngine
+    keys: Keys
+    pins: Pins
+    artefacts: dict[Digest, Artefact]
+    opening: anyio.Lock
+
+
 class ContentStore:
     """Use through `open_store`."""
 
@@ -83,6 +96,10 @@ class ContentStore:
         self._artefacts: dict[Digest, Artefact] = {}
         self._opening = anyio.Lock()
         self._tasks: anyio.abc.TaskGroup | None = None
+        self.served_bytes: Counter[Tier] = Counter()
+        """What loads were given since the start, by tier."""
+
+        self.parts = StoreParts(areas, disk, engine, keys, self._pins, self._artefacts, self._opening)
 
     async def ensure(
         self,
@@ -154,6 +171,7 @@ class ContentStore:
         # What others have brought, or what was there before, came from memory as far as this holder goes.
         own, reader.given = dict(reader.given), Counter()
         own["ram"] = own.get("ram", 0) + max(0, total - sum(own.values()))
+        self.served_bytes.update(own)
         end = time.time_ns() if reader.is_lazy else max(artefact.fill.completed_unix_ns, reader.began_unix_ns)
         span = Span(name="fetch", start_unix_ns=reader.began_unix_ns, end_unix_ns=end, parent="startup")
         return Filled(content=_content(own), spans=(span,))
@@ -274,6 +292,7 @@ class ContentStore:
         given = dict(ticket.given)
         total = sum(sizes[chunk].plain_bytes for chunk in wanted)
         given["disk"] = given.get("disk", 0) + max(0, total - sum(given.values()))
+        self.served_bytes.update(given)
         return _content(given)
 
     async def _open(self, digest: Digest, key_domain: str) -> Artefact:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-import aiohttp
 import msgspec
 from aiohttp import web
 
@@ -14,8 +13,9 @@ from snowdrop.control.deploying import Deploying, unknown_deployment, unknown_mo
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.origin_roots import OriginRoots
 from snowdrop.control.peers import Peers
+from snowdrop.control.store_api import StoreApi, pass_to_agent
 from snowdrop.control.views import deployment_view, describe
-from snowdrop.domain.errors import InvalidInputError, NotFoundError, PlatformDownError, SnowdropError
+from snowdrop.domain.errors import InvalidInputError, NotFoundError, SnowdropError
 from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, ModelName, ReceiptId, TenantId, parse_name
 from snowdrop.state.port import KeyRecord
 from snowdrop.tenancy.keys import make_key
@@ -28,7 +28,6 @@ from snowdrop.wire.api import (
     NextGeneration,
     PutModel,
     SetScale,
-    StoreModels,
 )
 
 BODY_BYTES_MAX = 16 << 20
@@ -90,8 +89,7 @@ class Api:
                 web.put("/v1/models/{name}", self._put_model),
                 web.get("/v1/models/{name}/generation", self._next_generation),
                 web.delete("/v1/models/{name}", self._delete_model),
-                web.get("/v1/store/roots", self._store_roots),
-                web.get("/v1/store/models", self._store_models),
+                *StoreApi(self._loop, self._roots).routes(),
                 web.get("/v1/deployments", self._list_deployments),
                 web.post("/v1/deployments/{name}", self._deploy),
                 web.get("/v1/deployments/{name}", self._describe),
@@ -135,13 +133,6 @@ class Api:
         generation = await self._roots.next_generation(_tenant(request), name)
         return _json(NextGeneration(generation=generation))
 
-    async def _store_roots(self, _request: web.Request) -> web.Response:
-        async with self._roots.changing:
-            return _json(await self._roots.gather())
-
-    async def _store_models(self, _request: web.Request) -> web.Response:
-        return _json(StoreModels(models=tuple(await self._state.list_models(None))))
-
     async def _delete_model(self, request: web.Request) -> web.Response:
         await self._deploying.delete_model(_tenant(request), request.match_info["name"])
         return web.Response(status=204)
@@ -179,34 +170,7 @@ class Api:
     async def _logs(self, request: web.Request) -> web.StreamResponse:
         """The agent's answer, passed on as it comes. Logs outlive their deployment, so no check is made."""
         tenant, name = _tenant(request), request.match_info["name"]
-        node = next(iter(self._loop.world.nodes.values()), None)
-        if node is None:
-            raise PlatformDownError("no node is connected", where="agent", next_step="`snowdrop up` starts it")
-        url = f"http://agent/logs/{tenant}/{name}"
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
-        connector = aiohttp.UnixConnector(path=node.api_socket)
-        answer: web.StreamResponse | None = None
-        try:
-            async with (
-                aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
-                session.get(url, params=request.query) as response,
-            ):
-                kind = response.headers["content-type"]
-                answer = web.StreamResponse(status=response.status, headers={"content-type": kind})
-                await answer.prepare(request)
-                async for chunk in response.content.iter_any():
-                    await answer.write(chunk)
-        except aiohttp.ClientError as error:
-            if answer is None or request.transport is None:
-                raise PlatformDownError(
-                    "the node's agent does not answer",
-                    where=str(error),
-                    next_step="it is started again; try again",
-                ) from error
-            request.transport.abort()  # lines that end early must not look like all there are
-            return answer
-        await answer.write_eof()
-        return answer
+        return await pass_to_agent(self._loop, request, f"logs/{tenant}/{name}")
 
     async def _list_receipts(self, request: web.Request) -> web.Response:
         name = request.query.get("deployment")

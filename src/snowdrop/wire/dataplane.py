@@ -11,6 +11,7 @@ from snowdrop.domain.ids import Digest, TenantId
 from snowdrop.domain.receipt import ContentBytes, Span
 from snowdrop.wire.codec import Codec, Message
 from snowdrop.wire.replica import AreaFile
+from snowdrop.wire.upkeep import FromUpkeep, ToUpkeep
 
 
 class Ensure(Message, frozen=True, kw_only=True):
@@ -104,8 +105,8 @@ class Refused(Message, frozen=True, kw_only=True):
     error: ErrorBody
 
 
-ToDataPlane = Ensure | WaitFilled | WaitDirectory | ServeMount | Release | Cancel
-FromDataPlane = Ensured | Filled | Completed | Refused
+ToDataPlane = Ensure | WaitFilled | WaitDirectory | ServeMount | Release | Cancel | ToUpkeep
+FromDataPlane = Ensured | Filled | Completed | Refused | FromUpkeep
 
 TO_DATA_PLANE: Codec[ToDataPlane] = Codec(ToDataPlane)
 FROM_DATA_PLANE: Codec[FromDataPlane] = Codec(FromDataPlane)

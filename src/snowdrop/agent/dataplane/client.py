@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +37,7 @@ from snowdrop.wire.replica import AreaFile
 
 SEND_S_MAX = 10.0
 """A data plane that takes no message for so long is treated as gone."""
-Answer = TypeVar("Answer", Ensured, Filled, Completed)
+Answer = TypeVar("Answer", bound=Message)
 
 
 class EnsuredArea(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +73,7 @@ class EnsuredContent(msgspec.Struct, frozen=True, kw_only=True):
 class _Pending:
     def __init__(self) -> None:
         self.done = anyio.Event()
-        self.answer: Ensured | Filled | Completed | None = None
+        self.answer: Message | None = None
         self.error: SnowdropError | None = None
         self.fds: tuple[int, ...] = ()
 
@@ -160,6 +161,12 @@ class DataPlane:
         request = self._take_number()
         message = ServeMount(request=request, manifest=manifest)
         await self._call(message, request, Completed, (device_fd, journal_fd))
+
+    async def ask(self, make: Callable[..., Message], wanted: type[Answer]) -> Answer:
+        """Sends the message that `make(request=N)` gives, and returns its answer."""
+        request = self._take_number()
+        answer, _ = await self._call(make(request=request), request, wanted)
+        return answer
 
     async def release(self, holder: str) -> None:
         """Gives up everything that `holder` has. Does nothing if the data plane is gone: so are its pins."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 import anyio
 
 from snowdrop.agent.dataplane.mounts import MountServer
+from snowdrop.agent.dataplane.upkeep import UPKEEP_MESSAGES, answer_upkeep
 from snowdrop.content.settings import DataPlaneSettings
 from snowdrop.content.store import ContentStore, open_store
+from snowdrop.content.upkeep import Upkeep
 from snowdrop.domain.errors import SnowdropError, UnavailableError
 from snowdrop.wire.codec import Message
 from snowdrop.wire.dataplane import (
@@ -27,6 +30,7 @@ from snowdrop.wire.dataplane import (
     WaitFilled,
 )
 from snowdrop.wire.packet import PacketChannel
+from snowdrop.wire.upkeep import ToUpkeep
 
 REQUESTS_MAX = 256
 """Under way at once; more are refused. They wait for threads, which are far fewer."""
@@ -38,12 +42,17 @@ async def serve(sock: socket.socket, settings: DataPlaneSettings) -> None:
     Raises what opening the store raises: InvalidInputError, ConflictError, UnavailableError.
     """
     async with open_store(settings) as store:
-        await serve_store(sock, store)
+        upkeep = Upkeep(store, Path(settings.cache_directory))
+        await upkeep.open()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(upkeep.run)
+            await serve_store(sock, store, upkeep)
+            tasks.cancel_scope.cancel()
 
 
-async def serve_store(sock: socket.socket, store: ContentStore) -> None:
+async def serve_store(sock: socket.socket, store: ContentStore, upkeep: Upkeep | None = None) -> None:
     """As `serve`, over a store that is open already."""
-    session = _Session(PacketChannel(sock, TO_DATA_PLANE), store)
+    session = _Session(PacketChannel(sock, TO_DATA_PLANE), store, upkeep)
     try:
         await session.run()
     finally:
@@ -51,9 +60,10 @@ async def serve_store(sock: socket.socket, store: ContentStore) -> None:
 
 
 class _Session:
-    def __init__(self, channel: PacketChannel[ToDataPlane], store: ContentStore) -> None:
+    def __init__(self, channel: PacketChannel[ToDataPlane], store: ContentStore, upkeep: Upkeep | None) -> None:
         self._channel = channel
         self._store = store
+        self._upkeep = upkeep
         self._scopes: dict[int, anyio.CancelScope] = {}
         self._sending = anyio.Lock()
         self._holders: set[str] = set()
@@ -94,7 +104,9 @@ class _Session:
         if scope is not None:
             scope.cancel()
 
-    async def _answer(self, message: Ensure | WaitFilled | WaitDirectory, scope: anyio.CancelScope) -> None:
+    async def _answer(
+        self, message: Ensure | WaitFilled | WaitDirectory | ToUpkeep, scope: anyio.CancelScope
+    ) -> None:
         try:
             with scope:
                 try:
@@ -105,6 +117,8 @@ class _Session:
                         await self._send(
                             Filled(request=message.request, content=filled.content, spans=filled.spans)
                         )
+                    elif isinstance(message, UPKEEP_MESSAGES):
+                        await self._send(await answer_upkeep(self._upkeep, message))
                     else:
                         await self._store.wait_directory(message.manifest)
                         await self._send(Completed(request=message.request))
