@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from e2e_platform import CommandError, Platform
+from e2e_platform import CommandError, Platform, wait_until
 
 
 def write_model(folder: Path, seed: int) -> Path:
@@ -57,6 +57,32 @@ def test_what_is_removed_goes_and_what_is_used_is_served(own_platform: Platform,
     assert platform.run("store", "verify", "e2e-model", "--origin")["ok"]
     again = platform.run("model", "push", "unused", str(tmp_path / "unused"))
     assert again["new_bytes"] > 1_000_000, "it was gone"
+
+
+def test_pins_outlive_the_data_plane_and_wrong_copies_are_mended(own_platform: Platform, tmp_path: Path) -> None:
+    platform = own_platform
+    platform.run("model", "push", "m", str(write_model(tmp_path / "model", 1)))
+    platform.run("store", "pin", "m")
+    (copy,) = platform.state.glob("cache/artefacts/*/tree/model.safetensors")
+    right = copy.read_bytes()
+    with open(copy, "r+b") as file:
+        file.seek(1_000_000)
+        file.write(b"wrong bytes")
+    found = platform.run("store", "verify", "m")
+    assert found["ok"]
+    bad = found["node"][0]["bad"]
+    assert [(chunk["file"], chunk["problem"]) for chunk in bad] == [("model.safetensors", "")]
+    assert copy.read_bytes() == right
+    node = platform.run("store", "stats")["node"]
+    assert (node["quarantined"], node["replaced"], node["pinned"]) == (1, 1, 1)
+
+    platform.kill("agent")
+    wait_until(lambda: platform.run("store", "stats")["node"]["pinned"] == 1, "the pin is there again")
+    platform.run("model", "rm", "m")
+    assert platform.run("store", "gc", "--grace-s", "0")["node"]["evicted"] == []
+    platform.run("store", "unpin", "m")
+    assert len(platform.run("store", "gc", "--grace-s", "0")["node"]["evicted"]) == 1
+    assert not list(platform.state.glob("cache/artefacts/*"))
 
 
 def test_names_are_signed_and_keys_can_change(own_platform: Platform, tmp_path: Path) -> None:

@@ -106,7 +106,8 @@ class Collector:
             self._clear(observed)
             record = self._write_condemned(observed, decided)
             marked = _condemned(observed.seen, decided, self._clock.now_unix_ns(), record)
-            deleted = self._delete_all(list(self._plan(marked).delete))
+            decided = self._plan(marked)
+            deleted = self._delete_all(list(decided.delete))
             for replaced in observed.records:
                 # Only now: pushes know what stands in these, and must be taken at their word.
                 if replaced.id != record:

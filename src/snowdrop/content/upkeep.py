@@ -254,9 +254,11 @@ class Upkeep:
             problem = ""
             try:
                 artefact = await self._open(message, holder)
-                await artefact.bring(self._parts.engine, [chunk], "area" if tier == "ram" else "landing")
                 if tier == "disk":
+                    await artefact.bring(self._parts.engine, [chunk], "landing")
                     await anyio.to_thread.run_sync(landing.sync)
+                elif check.area is not None:
+                    await anyio.to_thread.run_sync(_renew_in_memory, artefact, check.area, chunk)
             except SnowdropError as error:
                 problem = str(error)[:300]
             file = _file_of(landing.manifest, chunk)[:200]
@@ -269,7 +271,7 @@ class _Check:
 
     def __init__(self, landing: Landing, area: Area | None, hasher: Hasher) -> None:
         self._landing = landing
-        self._area = area
+        self.area = area
         self._hasher = hasher
         self.next_chunk = 0
         self.read_bytes = 0
@@ -282,8 +284,8 @@ class _Check:
             chunk = self.next_chunk
             if self._landing.holds(chunk):
                 self._judge("disk", chunk, check_chunk(self._landing, chunk, self._hasher))
-            if self._area is not None and self._area.holds(chunk):
-                self._judge("ram", chunk, self._is_right_in_memory(self._area, chunk))
+            if self.area is not None and self.area.holds(chunk):
+                self._judge("ram", chunk, self._is_right_in_memory(self.area, chunk))
             self.next_chunk += 1
 
     def _judge(self, tier: str, chunk: int, is_right: bool) -> None:
@@ -292,8 +294,8 @@ class _Check:
             self.wrong.append((tier, chunk))
             if tier == "disk":
                 self._landing.quarantine(chunk, "scrub")
-            elif self._area is not None:
-                self._area.quarantine(chunk)
+            elif self.area is not None:
+                self.area.quarantine(chunk)
 
     def _is_right_in_memory(self, area: Area, chunk: int) -> bool:
         try:
@@ -301,6 +303,15 @@ class _Check:
                 return self._hasher.hexdigest(area.chunk(chunk)) == self._landing.manifest.chunks[chunk].digest
         except ConflictError:
             return True  # evicted meanwhile: there is no copy that could be wrong
+
+
+def _renew_in_memory(artefact: Artefact, area: Area, chunk: int) -> None:
+    """Right bytes in place of wrong ones. Whoever has mapped the area sees them, unless it wrote there itself."""
+    data = bytearray(artefact.manifest.chunks[chunk].plain_bytes)
+    artefact.fill.read_verified(chunk, memoryview(data))
+    with area.use():
+        area.scatter(chunk, memoryview(data))
+        area.mark(chunk)
 
 
 def _verified(
