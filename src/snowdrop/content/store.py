@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import anyio
 import anyio.abc
@@ -30,6 +29,7 @@ from snowdrop.content.landing import Landing
 from snowdrop.content.layout import PUBLIC_DOMAIN
 from snowdrop.content.mending import make_scrubber
 from snowdrop.content.origin import Origin, open_origin
+from snowdrop.content.parts import StoreParts, content_bytes
 from snowdrop.content.pins import Pins
 from snowdrop.content.readers import Readers
 from snowdrop.content.settings import DataPlaneSettings
@@ -67,18 +67,6 @@ class Filled(msgspec.Struct, frozen=True, kw_only=True):
 
     content: ContentBytes
     spans: tuple[Span, ...]
-
-
-class StoreParts(NamedTuple):
-    """A store's parts, for upkeep, which keeps its rules: one event loop, `opening` around evictions."""
-
-    areas: Areas
-    disk: DiskTier
-    engine: FetchEngine
-    keys: Keys
-    pins: Pins
-    artefacts: dict[Digest, Artefact]
-    opening: anyio.Lock
 
 
 class ContentStore:
@@ -174,7 +162,7 @@ class ContentStore:
         self.served_bytes.update(own)
         end = time.time_ns() if reader.is_lazy else max(artefact.fill.completed_unix_ns, reader.began_unix_ns)
         span = Span(name="fetch", start_unix_ns=reader.began_unix_ns, end_unix_ns=end, parent="startup")
-        return Filled(content=_content(own), spans=(span,))
+        return Filled(content=content_bytes(own), spans=(span,))
 
     async def wait_directory(self, digest: Digest) -> None:
         """Returns once the directory holds every file, verified and durable; raises why it never will.
@@ -293,7 +281,7 @@ class ContentStore:
         total = sum(sizes[chunk].plain_bytes for chunk in wanted)
         given["disk"] = given.get("disk", 0) + max(0, total - sum(given.values()))
         self.served_bytes.update(given)
-        return _content(given)
+        return content_bytes(given)
 
     async def _open(self, digest: Digest, key_domain: str) -> Artefact:
         artefact = self._artefacts.get(digest)
@@ -355,15 +343,6 @@ def _span(spans: list[Span], name: str) -> Iterator[None]:
     begun = time.time_ns()
     yield
     spans.append(Span(name=name, start_unix_ns=begun, end_unix_ns=time.time_ns(), parent="mount"))
-
-
-def _content(given: dict[Tier, int]) -> ContentBytes:
-    return ContentBytes(
-        ram=given.get("ram", 0),
-        disk=given.get("disk", 0),
-        peer=given.get("peer", 0),
-        origin=given.get("origin", 0),
-    )
 
 
 @asynccontextmanager
