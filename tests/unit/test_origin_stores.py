@@ -31,6 +31,7 @@ from snowdrop.domain.errors import (
     UnavailableError,
 )
 from snowdrop.policy.hedge import HedgeLimits
+from snowdrop.policy.retry import RetryLimits
 
 BODY = noise(1 << 20, 9)
 SECRET = "do-not-show-this-secret"
@@ -293,9 +294,9 @@ def test_a_ca_file_that_is_none_is_named(tmp_path: Path) -> None:
 
 def test_a_server_that_speaks_no_tls_is_a_clear_error() -> None:
     with FaultyServer({"k": BODY}).running() as server:
-        origin = ObjectStoreOrigin(
-            server.url.replace("http:", "https:"), OriginOptions(), pause=lambda pause_s: None
-        )
-        with pytest.raises(UnavailableError, match="attempts_max"):
+        limits = ReadLimits(retry=RetryLimits(attempts_max=1), race=RaceLimits(connect_s_max=0.05))
+        url = server.url.replace("http:", "https:")
+        origin = ObjectStoreOrigin(url, OriginOptions(), limits=limits, pause=lambda pause_s: None)
+        with pytest.raises(UnavailableError, match=r"connect_s_max=0\.05.*attempts_max=1"):
             read(origin)
         origin.close()
