@@ -151,6 +151,8 @@ class Fault:
     """The range is ignored: all of the object, 200."""
     chunked: bool = False
     closes: bool = False
+    drops: bool = False
+    """No answer at all: the connection is closed."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,8 @@ class FaultyServer:
 
     async def _answer(self, writer: asyncio.StreamWriter, asked: Asked, whole: bytes, fault: Fault) -> bool:
         """Whether the connection goes on."""
+        if fault.drops:
+            return False
         if fault.head:
             writer.write(fault.head)
             while fault.head_again:

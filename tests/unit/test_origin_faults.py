@@ -245,6 +245,14 @@ def test_a_connection_that_the_server_closed_while_it_was_idle_is_no_failure() -
         assert it.server.connections == 5
 
 
+def test_one_that_it_closes_just_as_it_is_used_again_is_no_failure_either() -> None:
+    with reading(lambda asked: Fault(drops=True) if asked.index in {1, 3} else None) as it:
+        for offset in range(3):
+            assert it.read(offset, 100) == BODY[offset : offset + 100]
+        assert it.origin.counts.retries == 0
+        assert len(it.server.asked) == 5
+
+
 def test_connections_are_kept_from_one_read_to_the_next() -> None:
     with reading(lambda asked: None) as it:
         for offset in range(20):
@@ -317,6 +325,7 @@ def test_a_cancelled_load_ends_its_reads_at_once() -> None:
             pytest.raises(UnavailableError, match="cancelled"),
         ):
             it.read()
+        assert it.origin.counts.retries == 0
     finally:
         CANCEL_FLAG.reset(token)
 
