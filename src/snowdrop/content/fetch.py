@@ -1,8 +1,8 @@
 """The fetch engine: one bounded set of threads that carries chunks for all artefacts of the node.
 
 Threads spend their time in reads and hashes, which hold no interpreter lock. Each takes the next run of the next
-artefact in turn, so that a large model does not hold up a small one. What a fill no longer wants is not begun;
-what is being read is at most READ_BYTES_MAX per thread.
+artefact in turn, so that a large model does not hold up a small one. What a fill no longer wants is not begun,
+and a read from the origin that is under way ends early. The gate says how much the origin is asked at a time.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import logging
 import threading
 import time
 from collections import Counter
+from functools import partial
 
 from snowdrop.content.fill import Fill
+from snowdrop.content.gate import OriginGate
 from snowdrop.content.placement import READ_BYTES_MAX
 from snowdrop.content.runs import Outcome, Run
 from snowdrop.content.source import Tier
+from snowdrop.domain.cancel import CANCEL_FLAG
 from snowdrop.domain.errors import SnowdropError
 
 JOIN_S_MAX = 10.0
@@ -28,15 +31,16 @@ log = logging.getLogger("snowdrop.content")
 class FetchEngine:
     """Use `lock` around every call to a fill, and `kick` after one that made something due."""
 
-    def __init__(self, threads_max: int) -> None:
+    def __init__(self, threads_max: int, gate: OriginGate) -> None:
         self.lock = threading.Condition()
         self.bytes_read: Counter[Tier] = Counter()
         """Plaintext bytes brought, by tier, since the start."""
+        self.gate = gate
         self._threads_max = threads_max
         self._threads: list[threading.Thread] = []
         self._fills: list[Fill] = []
         self._active: Counter[Tier] = Counter()
-        self._is_closed = False
+        self.is_closed = False
 
     def start(self) -> None:
         for number in range(self._threads_max):
@@ -63,7 +67,7 @@ class FetchEngine:
     def close(self) -> bool:
         """Begins nothing new and waits for what is under way; False if a read does not end. Blocks."""
         with self.lock:
-            self._is_closed = True
+            self.is_closed = True
             self.lock.notify_all()
         deadline_s = time.monotonic() + JOIN_S_MAX
         for thread in self._threads:
@@ -78,35 +82,41 @@ class FetchEngine:
             with self.lock:
                 found = self._next()
                 while found is None:
-                    if self._is_closed:
+                    if self.is_closed:
                         return
-                    self.lock.wait()
+                    # A tenant at its bandwidth holds no thread; its turn comes with time, not with an event.
+                    self.lock.wait(self.gate.look_again_s(fill.tenant for fill in self._fills if fill.is_due))
                     found = self._next()
             fill, run = found
             self._carry(fill, run, memory)
 
     def _next(self) -> tuple[Fill, Run] | None:
-        if self._is_closed:
+        if self.is_closed:
             return None
         self._fills = [fill for fill in self._fills if fill.is_busy]
         for index, fill in enumerate(self._fills):
-            run = fill.next_run(self._has_room)
+            run = fill.next_run(partial(self._has_room, fill), self.gate.run_bytes_max)
             if run is not None:
+                if run.source.tier == "origin":
+                    self.gate.spend(fill.tenant, run.length)
                 # Its turn comes again after all others.
                 self._fills.append(self._fills.pop(index))
                 self._active[run.source.tier] += 1
                 return fill, run
         return None
 
-    def _has_room(self, tier: Tier, spare: int) -> bool:
+    def _has_room(self, fill: Fill, tier: Tier, spare: int) -> bool:
         """Whether one more run may be read from `tier`; `spare` is what an origin may still be asked at once."""
-        return tier != "origin" or spare > 0
+        return tier != "origin" or (spare > 0 and self.gate.may_read(fill.tenant, self._active["origin"]))
 
     def _carry(self, fill: Fill, run: Run, memory: _Scratch) -> None:
+        token = CANCEL_FLAG.set(_GivenUp(self, fill))
         try:
             outcome = fill.carry(run, memory.take)
         except Exception as error:  # noqa: BLE001 -- a bug met by one run must not end the thread for all
             outcome = Outcome(list(range(run.first, run.first + run.count)), _unforeseen(error))
+        finally:
+            CANCEL_FLAG.reset(token)
         with self.lock:
             self._active[run.source.tier] -= 1
             self.bytes_read[run.source.tier] += run.length if not outcome.bad else 0
@@ -114,6 +124,17 @@ class FetchEngine:
             self.lock.notify_all()
         fill.wake()
         fill.on_progress()
+
+
+class _GivenUp:
+    """Whether nobody wants what is being read for a fill, for a read that takes long to end by itself."""
+
+    def __init__(self, engine: FetchEngine, fill: Fill) -> None:
+        self._engine = engine
+        self._fill = fill
+
+    def is_set(self) -> bool:
+        return self._engine.is_closed or not self._fill.is_wanted
 
 
 def _unforeseen(error: Exception) -> SnowdropError:

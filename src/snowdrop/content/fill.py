@@ -19,7 +19,8 @@ from snowdrop.content.placement import READ_BYTES_MAX, AreaLayout
 from snowdrop.content.progress import FillState
 from snowdrop.content.runs import Outcome, Reader, Run, Ticket
 from snowdrop.content.source import ChunkSource, Tier, wrong_chunk
-from snowdrop.domain.errors import CorruptContentError, IntegrityError, SnowdropError
+from snowdrop.domain.errors import CorruptContentError, IntegrityError, ReadCancelledError, SnowdropError
+from snowdrop.domain.ids import DEFAULT_TENANT, TenantId
 from snowdrop.domain.manifest import Manifest
 from snowdrop.policy.prefetch import URGENT, WANTED, FetchOrder, load_order
 
@@ -52,6 +53,8 @@ class Fill:
         self.siblings: tuple[ChunkSource, ...] = ()
         """Other artefacts of the node that may have some of the chunks, the nearest first."""
         self.last = last
+        self.tenant = DEFAULT_TENANT
+        """For whom the origin is read: bandwidth is bounded for each tenant."""
         self.readers: dict[str, Reader] = {}
         self.flights = 0
         self.completed_unix_ns = 0
@@ -74,10 +77,20 @@ class Fill:
     def is_whole_wanted(self) -> bool:
         return any(not reader.is_lazy for reader in self.readers.values())
 
+    def serve(self, tenant: TenantId) -> None:
+        """What is read from now on is read for `tenant`, unless somebody reads already."""
+        if not self.is_wanted:
+            self.tenant = tenant
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody waits for bytes. May be asked without the lock."""
+        return bool(self._tickets) or bool(self.readers)
+
     @property
     def is_busy(self) -> bool:
         """Whether something is under way or may be taken next."""
-        return self.flights > 0 or bool(self.readers) or bool(self._tickets)
+        return self.flights > 0 or self.is_wanted
 
     @property
     def is_due(self) -> bool:
@@ -154,9 +167,12 @@ class Fill:
 
     # --- what is next -------------------------------------------------------------------------------------
 
-    def next_run(self, has_room: Callable[[Tier, int], bool]) -> Run | None:
-        """Takes the next run; `has_room` says whether one more may be read from a tier for this fill."""
-        if not self._tickets and not self.readers:
+    def next_run(self, has_room: Callable[[Tier, int], bool], origin_bytes_max: int) -> Run | None:
+        """Takes the next run; `has_room` says whether one more may be read from a tier for this fill.
+
+        A run from the last source is of `origin_bytes_max` at most, or one chunk.
+        """
+        if not self.is_wanted:
             return None
         whole = self.is_whole_wanted
         chunk = self._order.next(self._is_due, whole=whole)
@@ -165,19 +181,20 @@ class Fill:
         source = self._source_of(chunk)
         if not has_room(source.tier, EASY_START_RUNS + self._runs_done - self.flights):
             return None
-        run = self._run_from(chunk, source, whole=whole)
+        limit = origin_bytes_max if source.tier == "origin" else READ_BYTES_MAX
+        run = self._run_from(chunk, source, limit, whole=whole)
         self._in_flight[run.first : run.first + run.count] = b"\1" * run.count
         self.flights += 1
         return run
 
-    def _run_from(self, chunk: int, source: ChunkSource, *, whole: bool) -> Run:
+    def _run_from(self, chunk: int, source: ChunkSource, bytes_max: int, *, whole: bool) -> Run:
         chunks = self.manifest.chunks
         area = self.area if self._needs_area(chunk) else None
         at = self.layout.whole.get(chunk, -1) if area is not None else -1
         end, length = chunk + 1, chunks[chunk].plain_bytes
         while (
             end < len(chunks)
-            and length + chunks[end].plain_bytes <= READ_BYTES_MAX
+            and length + chunks[end].plain_bytes <= bytes_max
             and self._is_due(end)
             and (whole or self._order.is_wanted(end))
             and self._source_of(end) is source
@@ -301,7 +318,7 @@ class Fill:
         self._settle_area()
 
     def _try_again(self, run: Run, bad: list[int], error: SnowdropError | None) -> None:
-        if run.source is not self.last:
+        if run.source is not self.last or isinstance(error, ReadCancelledError):
             self._order.want(bad, URGENT)
             return
         if error is None or isinstance(error, CorruptContentError | IntegrityError):

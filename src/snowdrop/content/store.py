@@ -25,6 +25,7 @@ from snowdrop.content.artefact import Artefact, Keys, read_manifest
 from snowdrop.content.completing import Completer
 from snowdrop.content.disk import DiskTier
 from snowdrop.content.fetch import FetchEngine
+from snowdrop.content.gate import OriginGate
 from snowdrop.content.landing import Landing
 from snowdrop.content.layout import PUBLIC_DOMAIN
 from snowdrop.content.mending import make_scrubber
@@ -112,6 +113,7 @@ class ContentStore:
         with self._at_work(digest):
             with _span(spans, "manifest"):
                 artefact = await self._open(digest, key_domain)
+            artefact.fill.serve(tenant)
             use_area = map_tensors and artefact.layout.size > 0
             is_whole = not map_tensors and not lazy
             async with artefact.preparing:
@@ -353,12 +355,12 @@ async def open_store(
 
     `origin` and `disk` replace those of the settings, for tests. Raises InvalidInputError, ConflictError.
     """
-    origin = origin or open_origin(settings.origin_url, settings.origin)
+    engine = FetchEngine(settings.fetch_threads, OriginGate(settings))
+    origin = origin or open_origin(settings.origin_url, settings.origin, steer=engine.gate.steer)
     keys = Keys(settings.keys_directory)
     disk = disk or DiskTier(Path(settings.cache_directory), settings.disk_bytes_max, keyring=keys)
     pool = SlabPool(big_bytes=settings.big_slab_bytes, small_bytes=settings.slab_bytes)
     ram = RamTier(settings.ram_bytes_max, pool)
-    engine = FetchEngine(settings.fetch_threads)
     await anyio.to_thread.run_sync(disk.open)
     areas = Areas(ram, engine, pool_bytes=settings.pool_bytes)
     store = ContentStore(origin, areas, disk, engine, keys)

@@ -143,6 +143,12 @@ class OriginRefusedError(UnavailableError):
     retryable = False
 
 
+class ReadCancelledError(UnavailableError):
+    """A read that nobody waits for any more was ended early. Whoever comes next simply reads again."""
+
+    kind = "read_cancelled"
+
+
 class RevisionFailedError(UnavailableError):
     """The revision does not start; the message carries why. Only a new revision or `scale` helps."""
 

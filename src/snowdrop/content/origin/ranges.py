@@ -32,6 +32,7 @@ from snowdrop.content.origin.target import Located, redirected
 from snowdrop.domain.cancel import cancelled
 from snowdrop.domain.errors import (
     OriginRefusedError,
+    ReadCancelledError,
     SnowdropError,
     TimedOutError,
     UnavailableError,
@@ -213,4 +214,4 @@ class RangeReader:
         )
 
     def _cancelled(self, key: str) -> SnowdropError:
-        return UnavailableError("the read was cancelled", where=place(self._origin, key))
+        return ReadCancelledError("the read was cancelled", where=place(self._origin, key))
