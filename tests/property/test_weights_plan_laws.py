@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snowdrop.content.safetensors import tensor_bytes
@@ -59,6 +59,7 @@ def gathered(data: bytearray, tensor: PlannedTensor) -> bytes:
     return b"".join(bytes(data[offset : offset + length]) for offset, length in tensor.spans(0))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_slice_is_what_numpy_slices(data: st.DataObject) -> None:
     table = data.draw(entries())
@@ -80,6 +81,7 @@ def test_a_slice_is_what_numpy_slices(data: st.DataObject) -> None:
     assert made.numpy().tobytes() == wanted.tobytes()
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(0, 40))
 def test_merged_spans_cover_the_exact_ones_and_little_more(data: st.DataObject, gap_bytes: int) -> None:
     table = data.draw(entries())
@@ -103,6 +105,7 @@ def models(draw: st.DrawFn) -> list[FileTable]:
     return [FileTable(path=f"f{i}", tensors=draw(entries(prefix=f"{'abc'[i]}."))) for i in range(count)]
 
 
+@settings(deadline=None)
 @given(models())
 def test_a_plan_of_all_covers_each_file_once_in_load_order(files: list[FileTable]) -> None:
     plan = plan_load(files, Request())
@@ -114,6 +117,7 @@ def test_a_plan_of_all_covers_each_file_once_in_load_order(files: list[FileTable
         assert [(e.offset, e.length) for e in extents] == ([(begin, end - begin)] if end > begin else [])
 
 
+@settings(deadline=None)
 @given(models(), st.data())
 def test_names_choose_and_order(files: list[FileTable], data: st.DataObject) -> None:
     names = [entry.name for table in files for entry in table.tensors]
@@ -144,6 +148,7 @@ def no_byte_twice(plan: LoadPlan) -> bool:
     return True
 
 
+@settings(deadline=None)
 @given(entries(), st.integers(1, 5), st.integers(-4, 3))
 def test_the_parts_of_all_ranks_are_the_tensor(table: tuple[TensorEntry, ...], world: int, dim: int) -> None:
     content = file_bytes(table)
@@ -166,6 +171,7 @@ def test_the_parts_of_all_ranks_are_the_tensor(table: tuple[TensorEntry, ...], w
             assert all(np.array_equal(part, whole, equal_nan=entry.dtype[0] == "F") for part in parts)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 40))
 def test_parts_are_those_of_array_split(size: int, world: int) -> None:
     wanted = [len(part) for part in np.array_split(np.zeros(size, dtype=np.int8), world)]
@@ -175,6 +181,7 @@ def test_parts_are_those_of_array_split(size: int, world: int) -> None:
     assert all(one[1] == two[0] for one, two in pairwise(got))
 
 
+@settings(deadline=None)
 @given(models(), st.data())
 def test_windows_hold_every_byte_of_their_tensors(files: list[FileTable], data: st.DataObject) -> None:
     world = data.draw(st.integers(1, 3))

@@ -34,6 +34,13 @@ class _Flight(NamedTuple):
     slot: memoryview | None
 
 
+class _Registered(NamedTuple):
+    """Whether the runtime took a region. The view keeps its mapping: no other may get its address meanwhile."""
+
+    is_accepted: bool
+    keeps: memoryview
+
+
 class CudaDevice:
     """The device of one stream of tensors."""
 
@@ -50,7 +57,7 @@ class CudaDevice:
         self._free_slots: list[memoryview] = []
         self._flights: deque[_Flight] = deque()
         self._in_flight_bytes = 0
-        self._regions: dict[Region, bool] = {}
+        self._regions: dict[Region, _Registered] = {}
 
     @property
     def name(self) -> str:
@@ -75,9 +82,10 @@ class CudaDevice:
         finally:
             self._flights.clear()
             self._in_flight_bytes = 0
-            for region in [region for region, is_registered in self._regions.items() if is_registered]:
-                with suppress(RuntimeError):  # the error that made the device fail comes back at every call
-                    self._runtime.unregister(region)
+            for region, registered in self._regions.items():
+                if registered.is_accepted:
+                    with suppress(RuntimeError):  # the error that made the device fail comes back at every call
+                        self._runtime.unregister(region)
             self._regions.clear()
             self._free_slots.clear()
 
@@ -95,7 +103,7 @@ class CudaDevice:
             or self._runtime.is_done(self._flights[0].event)
         ):
             self._land()
-        slot = None if self._is_registered(piece.region) else self._free_slot()
+        slot = None if self._is_registered(piece) else self._free_slot()
         source = piece.view
         if slot is not None:
             source = slot[:length]
@@ -108,12 +116,12 @@ class CudaDevice:
         self._runtime.order(self._runtime.record())
         return target if dtype is None else target.to(dtype)
 
-    def _is_registered(self, region: Region | None) -> bool:
-        if region is None:
+    def _is_registered(self, piece: Piece) -> bool:
+        if piece.region is None:
             return False
-        if region not in self._regions:
-            self._regions[region] = self._runtime.register(region)
-        return self._regions[region]
+        if piece.region not in self._regions:
+            self._regions[piece.region] = _Registered(self._runtime.register(piece.region), piece.view)
+        return self._regions[piece.region].is_accepted
 
     def _free_slot(self) -> memoryview:
         if not self._free_slots and self._slots_left:

@@ -57,7 +57,9 @@ class SimCudaRuntime:
         self._memory_left = memory_bytes
         self._can_register = can_register
         self._failing_copy = failing_copy
-        self._copies: list[_Copy] = []
+        self._copies: list[_Copy | None] = []
+        """None for what is done, landed and forgotten with its source."""
+        self._last_done_s = 0.0
         self._landed = 0
         self._checked = 0
         self._free_s = 0.0
@@ -82,7 +84,7 @@ class SimCudaRuntime:
 
     def unregister(self, region: Region) -> None:
         self._settle()
-        if any(copy.done_s > self._clock.now_s for copy in self._copies):
+        if self._last_done_s > self._clock.now_s:
             raise RuntimeError("memory is unregistered while a copy is under way")
         self.registered.remove(region)
 
@@ -113,11 +115,12 @@ class SimCudaRuntime:
         self._free_s = max(self._free_s, self._clock.now_s) + length / self._bytes_per_s
         flat = target.reshape(-1).view(torch.uint8)[offset : offset + length]
         self._copies.append(_Copy(flat, source, zlib.crc32(source), self._free_s))
-        flying = sum(len(copy.source) for copy in self._copies if copy.done_s > self._clock.now_s)
+        self._last_done_s = self._free_s
+        flying = sum(len(copy.source) for copy in self._copies[self._checked :] if copy is not None)
         self.in_flight_bytes_most = max(self.in_flight_bytes_most, flying)
 
     def record(self) -> SimEvent:
-        return SimEvent(len(self._copies), self._copies[-1].done_s if self._copies else 0.0)
+        return SimEvent(len(self._copies), self._last_done_s)
 
     def is_done(self, event: SimEvent) -> bool:
         self._settle()
@@ -135,16 +138,26 @@ class SimCudaRuntime:
     def _land(self, copies: int) -> None:
         """Bytes become visible to whoever is ordered behind them; when they are there in time is `ready_s`."""
         for copy in self._copies[self._landed : copies]:
+            assert copy is not None, "forgotten only when landed"
             copy.target.copy_(torch.frombuffer(copy.source, dtype=torch.uint8))
         self._landed = max(self._landed, copies)
+        self._forget()
 
     def _settle(self) -> None:
         """Looks at the sources of the copies that are done by now."""
-        while self._checked < len(self._copies) and self._copies[self._checked].done_s <= self._clock.now_s:
-            copy = self._copies[self._checked]
+        for copy in self._copies[self._checked :]:
+            assert copy is not None, "forgotten only when looked at"
+            if copy.done_s > self._clock.now_s:
+                break
             self._checked += 1
             if zlib.crc32(copy.source) != copy.checksum:
                 raise RuntimeError("a source was written to before its copy was done")
+
+        self._forget()
+
+    def _forget(self) -> None:
+        done = min(self._landed, self._checked)
+        self._copies[:done] = [None] * done
 
     def _give_back(self, length: int) -> None:
         self._memory_left += length
