@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -122,6 +123,14 @@ def nginx(
 
 
 @contextmanager
+def byteserver(root: Path, *, address: str, port: int, prefix: Sequence[str] = ()) -> Iterator[Server]:
+    """`benchmarks.byteserver` over `root` while inside: slower than nginx, no hub, nothing is slow on purpose."""
+    words = [sys.executable, "-m", "benchmarks.byteserver", str(root), address, str(port)]
+    with _running([*prefix, *words], prefix, Server(address=address, port=port)) as server:
+        yield server
+
+
+@contextmanager
 def s3_standin(
     name: str, root: Path, *, address: str = "127.0.0.1", port: int, prefix: Sequence[str] = ()
 ) -> Iterator[Server]:
@@ -163,7 +172,9 @@ def write_hub_answer(root: Path) -> None:
 def _running(
     command: Sequence[str], prefix: Sequence[str], server: Server, env: dict[str, str] | None = None
 ) -> Iterator[Server]:
-    process = subprocess.Popen(list(command), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        list(command), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=harness.ROOT
+    )
     try:
         _wait_until_up(process, prefix, server)
         yield server

@@ -230,7 +230,7 @@ def bars_of(results: Results, place: Place, peers: Sequence[str]) -> list[Bar]:
 
 @contextmanager
 def place_of(
-    scratch: Path, model: Checkpoint, artefact: ArtefactRef, shape: Shape | None, s3: str
+    scratch: Path, model: Checkpoint, artefact: ArtefactRef, shape: Shape | None, byte_server: str, s3: str
 ) -> Iterator[Place]:
     """Server and link while inside. Raises LinkUnavailableError, ServerMissingError."""
     with ExitStack() as stack:
@@ -240,12 +240,17 @@ def place_of(
         if shape is not None:
             link = stack.enter_context(links.shaped_link(shape, scratch))
             address, prefix = link.server_address, link.server_prefix
-        running = servers.nginx(
-            scratch / "www", scratch / "nginx", address=address, port=port, prefix=prefix, slow_of_256=SLOW_OF_256
-        )
-        server = s3_server = stack.enter_context(running)
+        www = scratch / "www"
+        if byte_server == "nginx":
+            running = servers.nginx(
+                www, scratch / "nginx", address=address, port=port, prefix=prefix, slow_of_256=SLOW_OF_256
+            )
+        else:
+            running = servers.byteserver(www, address=address, port=port, prefix=prefix)
+        server = stack.enter_context(running)
+        s3_server = server
         if s3 != "nginx":
-            standin = servers.s3_standin(s3, scratch / "www", address=address, port=S3_PORT, prefix=prefix)
+            standin = servers.s3_standin(s3, www, address=address, port=S3_PORT, prefix=prefix)
             s3_server = stack.enter_context(standin)
         place = Place(scratch, model, artefact, server, s3_server)
         if link is not None:
@@ -264,10 +269,16 @@ def main() -> None:
         help="`loopback`, or Mbit/s:RTT in ms, as 2000:5; needs root",
     )
     made.add_argument(
+        "--server",
+        choices=["nginx", "python"],
+        default="nginx",
+        help="python: where there is no nginx, and slower",
+    )
+    made.add_argument(
         "--s3-server",
         choices=["nginx", *servers.S3_STANDINS],
         default="nginx",
-        help="nginx is the fastest, and looks at no signature",
+        help="nginx stands for --server: the fastest, and it looks at no signature",
     )
     made.add_argument(
         "--only", nargs="*", default=None, metavar="NAME", help="only these contestants, and the raw client"
@@ -286,7 +297,7 @@ def run_on(text: str, scratch: Path, model: Checkpoint, artefact: ArtefactRef, c
     shape = None if text == "loopback" else links.parse_shape(text)
     missing: dict[str, str] = {}
     try:
-        with place_of(scratch, model, artefact, shape, chosen.own.s3_server) as place:
+        with place_of(scratch, model, artefact, shape, chosen.own.server, chosen.own.s3_server) as place:
             contestants = contestants_of(place, chosen.own, missing)
             if chosen.own.only is not None:
                 contestants = [each for each in contestants if each.name == RAW or each.name in chosen.own.only]
