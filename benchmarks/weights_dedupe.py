@@ -25,6 +25,7 @@ from snowdrop.domain.manifest import ArtefactRef
 MIB = 1 << 20
 FIXED_BYTES = 4 << 20
 NEW_ROWS = 256
+CASES = ("fine-tune", "re-shard", "vocabulary")
 OURS, IDEAL, ALL = "snowdrop", "ideal", "all bytes"
 OVER_IDEAL_MAX = 0.02
 """Of the checkpoint: headers, and the chunks of tensors whose end moved."""
@@ -157,6 +158,7 @@ def main() -> None:
     made.add_argument(
         "--changed", type=float, default=0.1, metavar="SHARE", help="share of tensors that a fine-tune changes"
     )
+    made.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="what is changed")
     chosen = harness.options(made)
     base_tensors = checkpoint.model(chosen.own.gib, chosen.own.dtype)
     with loading.scratch_folder(chosen.own.scratch) as scratch:
@@ -164,7 +166,8 @@ def main() -> None:
         before = checkpoint.write(scratch / "base", base_tensors, shards=chosen.own.shards)
         base = loading.push(before.folder, scratch / "origin")
         for case in cases_of(base_tensors, chosen.own.shards, chosen.own.changed):
-            measure_case(scratch, base, before, case, chosen)
+            if case.name in chosen.own.cases:
+                measure_case(scratch, base, before, case, chosen)
 
 
 if __name__ == "__main__":
