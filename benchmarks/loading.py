@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from benchmarks.checkpoint import Checkpoint
 from benchmarks.compiled import CompilerMissingError, compiled
 from benchmarks.harness import PeerError
 from benchmarks.workers import Worker
-from snowdrop.content.ingest import PushResult, push_directory
+from snowdrop.content.ingest import PushOptions, PushResult, SourceOptions, open_source, push_source
+from snowdrop.content.ingest.index import IngestIndex
+from snowdrop.content.layout import PUBLIC_DOMAIN
 from snowdrop.content.origin import open_origin
 from snowdrop.content.settings import DataPlaneSettings
-from snowdrop.domain.ids import DEFAULT_TENANT
 from snowdrop.domain.manifest import ArtefactRef
 
 LOADERS = Path(__file__).parent / "peers" / "loaders.py"
@@ -77,9 +78,11 @@ def make_checkpoint(folder: Path, own: argparse.Namespace) -> Checkpoint:
 
 
 def push_result(source: Path, origin_folder: Path) -> PushResult:
-    """Pushes a directory to an origin in `origin_folder`."""
+    """Pushes a directory to an origin in `origin_folder`, re-using the chunks that the origin has."""
     origin_folder.mkdir(parents=True, exist_ok=True)
-    return push_directory(source, open_origin(origin_folder.as_uri()), kind="model", tenant=DEFAULT_TENANT)
+    url = origin_folder.as_uri()
+    with closing(IngestIndex(origin_folder.parent / "ingest.sqlite", url, PUBLIC_DOMAIN)) as index:
+        return push_source(open_source(str(source), SourceOptions()), open_origin(url), PushOptions(), index=index)
 
 
 def push(source: Path, origin_folder: Path) -> ArtefactRef:
