@@ -4,6 +4,7 @@ import hashlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ class Stage:
 
 
 def artefact_in(folder: Path) -> ArtefactRef:
-    for name, content in FILES.items():
+    for name, content in FILES.items() if not (folder / "source").exists() else ():
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "source" / name).write_bytes(content)
     return push(folder / "source", DirectoryOrigin(folder / "origin")).artefact
@@ -105,15 +106,15 @@ async def test_a_dead_data_plane_gives_no_reader_an_error(tmp_path: Path) -> Non
         with (at / "config.json").open("rb") as early:
             pid = stage.plane_pid()
             os.kill(pid, signal.SIGSTOP)  # so that the read is surely under way when it dies
-            with subprocess.Popen(["sha256sum", str(at / "model.gguf")], stdout=subprocess.PIPE) as reader:
-                with anyio.move_on_after(0.5):
-                    await anyio.to_thread.run_sync(reader.wait, abandon_on_cancel=True)
-                assert reader.poll() is None
-                os.kill(pid, signal.SIGKILL)
-                with anyio.fail_after(WAIT_S_MAX):
-                    output, _ = await anyio.to_thread.run_sync(reader.communicate)
-                assert reader.returncode == 0
-                assert output.split()[0].decode() == EXPECTED["model.gguf"]
+            reader = subprocess.Popen(["sha256sum", str(at / "model.gguf")], stdout=subprocess.PIPE)
+            with anyio.move_on_after(0.5):
+                await anyio.to_thread.run_sync(reader.wait, abandon_on_cancel=True)
+            assert reader.poll() is None
+            os.kill(pid, signal.SIGKILL)
+            with anyio.fail_after(WAIT_S_MAX):
+                output, _ = await anyio.to_thread.run_sync(reader.communicate, abandon_on_cancel=True)
+            assert reader.returncode == 0
+            assert output.split()[0].decode() == EXPECTED["model.gguf"]
             assert await anyio.to_thread.run_sync(early.read) == FILES["config.json"]
         assert stage.keeper.restarts == 1
         assert await sums(at) == EXPECTED
@@ -160,6 +161,33 @@ async def test_where_something_is_already_nothing_is_mounted(tmp_path: Path) -> 
         with pytest.raises(NotFoundError):
             await stage.mounts.mount(DEFAULT_TENANT, unknown, "rep-1")
         assert len(mounted_trees(tmp_path)) == 1, "nothing is left of what failed"
+
+
+_TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in sys.argv[1:]]
+answers = [model(torch.tensor([[1, 2, 3]])).logits for model in models]
+sys.exit(0 if torch.equal(*answers) else "another model")
+"""
+
+
+@pytest.mark.slow
+async def test_transformers_loads_from_a_mount_whose_bytes_are_at_the_origin(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, vocab_size=8000
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
+    async with staged(tmp_path) as stage:
+        at = await stage.mounts.mount(DEFAULT_TENANT, stage.artefact, "rep-1")
+        assert list(tmp_path.glob("cache/artefacts/*/partial/model.safetensors")), "its bytes are not here yet"
+        with anyio.fail_after(WAIT_S_MAX * 2):
+            await anyio.run_process(
+                [sys.executable, "-c", _TRANSFORMERS, str(at), str(tmp_path / "source")], stdout=None, stderr=None
+            )
 
 
 async def test_what_is_complete_is_read_without_the_data_plane(tmp_path: Path) -> None:

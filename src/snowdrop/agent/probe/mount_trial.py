@@ -4,6 +4,7 @@ import array
 import ctypes
 import os
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,8 @@ from pathlib import Path
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 1, 2, 4, 0x4000, 1 << 18
+FUSE_PASSTHROUGH_HIGH = 1 << 5
+"""Bit 37 of the flags, which are in two words."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -37,7 +40,15 @@ def fuse(folder: str) -> str:
     device = os.open("/dev/fuse", os.O_RDWR)
     private_namespace()
     mount("snowdrop", folder, "fuse", MS_NOSUID | MS_NODEV, f"fd={device},rootmode=40000,user_id=0,group_id=0")
-    return "mounted with mount(2)"
+    return f"mounted with mount(2), {_passthrough(os.read(device, 64 << 10))}"
+
+
+def _passthrough(init: bytes) -> str:
+    """What the kernel offers in its first request (fuse_in_header, fuse_init_in)."""
+    offers = len(init) >= 60 and struct.unpack_from("=I", init, 56)[0] & FUSE_PASSTHROUGH_HIGH
+    return (
+        "complete files are read by the kernel itself" if offers else "all files are read through the data plane"
+    )
 
 
 def fuse_by_helper(folder: str) -> str:
@@ -50,7 +61,7 @@ def fuse_by_helper(folder: str) -> str:
     numbers.frombytes(ancillary[0][2])
     os.close(numbers[0])
     subprocess.run(["fusermount3", "-u", "-z", "--", folder], check=False, stderr=subprocess.DEVNULL)
-    return "mounted with fusermount3"
+    return "mounted with fusermount3, all files are read through the data plane"
 
 
 def erofs(image: str, folder: str) -> str:

@@ -279,7 +279,7 @@ class Session:
     async def _let_go_if_killed(self, read: _Read) -> None:
         """A killed reader does not end before its read is answered, so it is answered at once.
 
-        Other signals do not break a read: a program that has the file mapped would get SIGBUS.
+        Other signals do not break a read: programs do not expect that of a regular file.
         """
         while read.unique in self._reads:
             if read.scope is not None and await anyio.to_thread.run_sync(_is_being_killed, read.pid):
