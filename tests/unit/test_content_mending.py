@@ -5,6 +5,7 @@ import pytest
 
 from content_helpers import CountingOrigin, files_of, push, settings_for, write_model
 from snowdrop.content.disk import DiskTier
+from snowdrop.content.mending import make_scrubber
 from snowdrop.content.store import ContentStore, open_store
 from snowdrop.domain.ids import DEFAULT_TENANT, Digest
 
@@ -81,3 +82,22 @@ async def test_without_the_origin_the_wrong_chunk_is_not_served_and_the_run_goes
         await bring(store, digest)
         assert files_of(tree) == files_of(source)
         assert disk.events.counts == {"quarantined": 1, "replaced": 1}
+
+
+async def test_what_memory_still_has_is_mended_from_there(tmp_path: Path, origin: CountingOrigin) -> None:
+    source = write_model(tmp_path / "model")
+    digest = push(source, origin).artefact.manifest
+    cache = tmp_path / "cache"
+    disk = DiskTier(cache, 64 << 20)
+    async with open_store(settings_for(cache), origin=origin, disk=disk) as store:
+        landed = await store.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
+        assert landed.wake is not None
+        landed.wake.close()
+        await store.wait_directory(digest)
+        damage(landed.directory / "model.safetensors", 1 << 20)
+        brought = origin.pack_bytes_read
+        done = await make_scrubber(store.parts, origin, 0).scrub(digest)
+        assert len(done.bad) == 1
+        assert origin.pack_bytes_read == brought
+        assert files_of(landed.directory) == files_of(source)
+        store.release("h")

@@ -19,6 +19,7 @@ from snowdrop.content.source import Tier
 from snowdrop.domain.errors import ConflictError, ErrorBody
 from snowdrop.domain.ids import Digest
 from snowdrop.domain.manifest import Manifest
+from snowdrop.policy.eviction import Kept, choose
 
 
 class Area:
@@ -187,16 +188,19 @@ class RamTier:
         Raises StorageFullError if none fits.
         """
         wanted = self.pool.rounded(size)
-        victims: list[Digest] = []
-        free = self.bytes_max - self.used_bytes
-        for other, area in self._areas.items():
-            if free >= wanted:
-                break
-            if not is_held(other) and not area.is_in_use:
-                victims.append(other)
-                free += area.slab_bytes
-        if free < wanted:
+        kept = [
+            Kept(
+                name=other,
+                size_bytes=area.slab_bytes,
+                used=order,
+                is_pinned=is_held(other) or area.is_in_use,
+            )
+            for order, (other, area) in enumerate(self._areas.items())
+        ]
+        decision = choose(kept, wanted, self.bytes_max - sum(self._reserved.values()))
+        if not decision.fits:
             raise no_memory(size, f"ram_bytes_max={self.bytes_max}, in use {self.used_bytes}")
+        victims = [Digest(name) for name in decision.victims]
         self._doomed += [self._areas.pop(other) for other in victims if self._areas[other].retire()]
         if self.bytes_max - self.used_bytes < wanted:
             # Somebody began to use one just now. The others are closed by the next who looks for room.

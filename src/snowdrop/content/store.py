@@ -369,7 +369,7 @@ async def open_store(
     try:
         async with anyio.create_task_group() as tasks:
             await tasks.start(store.run)
-            tasks.start_soon(make_scrubber(origin, disk, engine, keys, settings.scrub_bytes_per_s).run)
+            tasks.start_soon(make_scrubber(store.parts, origin, settings.scrub_bytes_per_s).run)
             yield store
             tasks.cancel_scope.cancel()
     finally:
