@@ -67,7 +67,7 @@ class Fill:
         self._in_flight = bytearray(len(manifest.chunks))
         self._landing_goal = bytearray(len(manifest.chunks))
         self._wrong_reads: Counter[int] = Counter()
-        self._area_failed = False
+        self._area_error: SnowdropError | None = None
         self._runs_done = 0
         self._wake_lock = threading.Lock()
 
@@ -106,8 +106,8 @@ class Fill:
             reader.is_lazy &= is_lazy
             if wake is not None:
                 reader.wakes.append(wake)
-        if self._area_failed:
-            self._area_failed = False
+        if self._area_error is not None:
+            self._area_error = None
             self._wrong_reads.clear()
             if self.area is not None:
                 self.area.set_state(FillState.FILLING)
@@ -150,7 +150,9 @@ class Fill:
             ticket.remaining = {chunk for chunk in ticket.remaining if not self._is_on_disk(chunk)}
             for chunk in ticket.remaining:
                 self._wrong_reads.pop(chunk, None)
-        if not ticket.remaining:
+        if ticket.place == "area" and ticket.remaining and self._area_error is not None:
+            ticket.error = self._area_error  # it failed before anybody waited for it
+        if not ticket.remaining or ticket.error is not None:
             ticket.on_end()
             return
         self._tickets.append(ticket)
@@ -209,7 +211,12 @@ class Fill:
         return not self._in_flight[chunk] and (self._needs_area(chunk) or bool(self._landing_goal[chunk]))
 
     def _needs_area(self, chunk: int) -> bool:
-        if self.area is None or self._area_failed or not self.readers or chunk not in self.layout.places:
+        if (
+            self.area is None
+            or self._area_error is not None
+            or not self.readers
+            or chunk not in self.layout.places
+        ):
             return False
         return not self.area.is_filled(chunk)
 
@@ -361,7 +368,7 @@ class Fill:
         ticket.on_end()
 
     def _fail_area(self, error: SnowdropError) -> None:
-        self._area_failed = True
+        self._area_error = error
         if self.area is not None:
             self.area.set_state(FillState.FAILED, error.body())
         for ticket in [ticket for ticket in self._tickets if ticket.place == "area"]:
