@@ -219,15 +219,15 @@ class _AreaFeed:
         end = min(size, -(-(offset + length) // AREA_ALIGNMENT) * AREA_ALIGNMENT)
         if area.reader is None or area.reader.is_filled(base + start, end - start):
             return area, False
-        if self._source.is_lazy and not self._is_coming(tensor.file, start, offset, offset + length, end):
-            return area, True
+        if self._source.is_lazy:
+            sides = [(low, high) for low, high in ((start, offset), (offset + length, end)) if low < high]
+            for low, high in sides:
+                if not self._covers(tensor.file, low, high) and not area.reader.is_filled(base + low, high - low):
+                    return area, True
         return self._source.arrive(base + start, end - start), False
 
-    def _is_coming(self, file: int, start: int, begin: int, stop: int, end: int) -> bool:
-        """Whether the plan brings the bytes on both sides of [begin, stop) up to the page borders."""
-        return all(self._covers(file, low, high) for low, high in ((start, begin), (stop, end)) if low < high)
-
     def _covers(self, file: int, begin: int, end: int) -> bool:
+        """Whether the plan brings these bytes."""
         covered = self._covered.get(file, [])
         at = bisect_right(covered, (begin, 1 << 62)) - 1
         return at >= 0 and covered[at][1] >= end
