@@ -80,11 +80,10 @@ class Loopback:
         right = self.respond(request)
         with self._lock:
             self.requests.append(request)
-            for fault in self.faults:
-                if re.search(fault[0], request.path):
-                    self.faults.remove(fault)
-                    return fault[1](request, right)
-        return right
+            fault = next((fault for fault in self.faults if re.search(fault[0], request.path)), None)
+            if fault is not None:
+                self.faults.remove(fault)
+        return fault[1](request, right) if fault is not None else right
 
     def respond(self, request: Request) -> Answer:
         raise NotImplementedError

@@ -1,4 +1,5 @@
 import hashlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -357,3 +358,22 @@ def test_an_endpoint_that_nobody_serves_is_said() -> None:
 def test_ranged_answers_of_the_stand_in_are_right() -> None:
     answer = ranged(Request("GET", "/", {}, {"range": "bytes=2-4"}), b"0123456789", {})
     assert (answer.status, answer.body, answer.headers["content-range"]) == (206, b"234", "bytes 2-4/10")
+
+
+def test_a_push_that_fails_does_not_wait_for_those_who_wait(hub: Hub) -> None:
+    """One file is refused while another one's reader was told to come back after minutes."""
+    origin, waits = MemoryOrigin(), threading.Event()
+
+    def busy(_request: Request, _right: Answer) -> Answer:
+        waits.set()
+        return Answer(429, {"retry-after": "250"})
+
+    def gone(_request: Request, _right: Answer) -> Answer:
+        assert waits.wait(30)
+        return Answer(404, {"x-error-code": "EntryNotFound"})
+
+    hub.faults.extend([("resolve.*config", gone), ("resolve.*n\u00ef code", busy)])
+    source = HubSource("hf://org/model", endpoint=hub.url)
+    with pytest.raises(NotFoundError):
+        push_source(source, origin, PushOptions())
+    assert waits.is_set()

@@ -111,7 +111,8 @@ class HubSource:
         """Nothing to ask: a commit does not change, and what came was compared with its hash."""
 
     def close(self) -> None:
-        """The connections belong to huggingface_hub."""
+        """Ends what is still trying. The connections belong to huggingface_hub."""
+        self._attempts.stop()
 
     def _attempt(self, file: SourceFile, window: Window) -> None:
         import httpx2  # noqa: PLC0415 (as above)

@@ -82,7 +82,8 @@ class PrefixSource:
         """A later change does not matter: every range came with the ETag that was listed."""
 
     def close(self) -> None:
-        """The store closes its connections when it is dropped."""
+        """Ends what is still trying. The store closes its connections when it is dropped."""
+        self._attempts.stop()
 
     def _attempt(self, file: SourceFile, window: Window) -> None:
         wanted = (window.offset, window.offset + window.left)

@@ -149,6 +149,8 @@ def push_source(
             try:
                 return _Push(source, origin, options, index, progress, readers, writers).run(files)
             finally:
+                # Before the threads are waited for: one of them may be waiting for a hub's rate limit.
+                source.close()
                 for threads in (readers, writers):
                     threads.shutdown(wait=False, cancel_futures=True)
     finally:

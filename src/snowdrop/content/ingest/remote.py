@@ -52,20 +52,25 @@ class Window:
 
 
 class Attempts:
-    """Repeats what may pass. `pause` and `draw` are the outside world."""
+    """Repeats what may pass, until it is stopped. `pause`, `clock_s` and `draw` are the outside world."""
 
     def __init__(
         self,
         limits: RetryLimits = LIMITS,
         *,
-        pause: Callable[[float], None] = time.sleep,
+        pause: Callable[[float], object] | None = None,
         clock_s: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._limits = limits
-        self._pause = pause
+        self._stopped = threading.Event()
+        self._pause = pause or self._stopped.wait
         self._clock_s = clock_s
         self._draw = draw
+
+    def stop(self) -> None:
+        """For good: whoever pauses now or fails later raises UnavailableError at once."""
+        self._stopped.set()
 
     def fill(self, window: Window, attempt: Callable[[Window], None], *, where: str) -> None:
         """Calls `attempt` until the window is full."""
@@ -81,6 +86,8 @@ class Attempts:
         """Calls `attempt` until it raises no PassingError; UnavailableError when a limit has run out."""
         history = ReadHistory(started_s=self._clock_s())
         while True:
+            if self._stopped.is_set():
+                raise UnavailableError("source: the push has ended", where=where, next_step="push again")
             before = moved()
             try:
                 return attempt()

@@ -50,7 +50,8 @@ class Source(Protocol):
     def settle(self, file: SourceFile) -> None:
         """After the last read of a file: raises InvalidInputError if it changed since it was listed."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends reads that are waiting, for good; may be called while they run, and twice."""
 
 
 class Filter(msgspec.Struct, frozen=True):
