@@ -15,7 +15,14 @@ from snowdrop.agent import runner as runner_module
 from snowdrop.agent import sandboxed as sandboxed_module
 from snowdrop.agent.runner import ReplicaRunner
 from snowdrop.agent.sandbox.launcher import CODE_TARGET, MODELS_TARGET
-from snowdrop.domain.errors import ErrorBody, IntegrityError, NotFoundError, SandboxError, StorageFullError
+from snowdrop.domain.errors import (
+    ErrorBody,
+    IntegrityError,
+    NotFoundError,
+    PlatformDownError,
+    SandboxError,
+    StorageFullError,
+)
 from snowdrop.domain.receipt import ContentBytes, Span
 from snowdrop.domain.replica import ReplicaReport, ReplicaState
 from snowdrop.wire.replica import (
@@ -24,7 +31,9 @@ from snowdrop.wire.replica import (
     Drain,
     Drained,
     Imported,
+    ModelRenewed,
     Ready,
+    RenewModel,
     StageFailed,
     WaitForDirectory,
 )
@@ -394,6 +403,72 @@ class TestDrain:
             replica.end(0)
         runner.drain("late", 5.0)
         assert bench.states()[-1] is S.FAILED
+
+
+class TestStreaming:
+    async def test_ready_counts_when_the_areas_are_filled(self, bench: Bench) -> None:
+        bench.plane.filled_gate = anyio.Event()
+        bench.plane.filled_content = ContentBytes(origin=7)
+        async with bench.living():
+            replica = await bench.launcher.launched()
+            await replica.become(S.READY)
+            await bench.until(S.LOADING)
+            await anyio.wait_all_tasks_blocked()
+            assert bench.states()[-1] is S.LOADING
+            bench.plane.filled_gate.set()
+            ready = await bench.until(S.READY)
+            assert ready.content.origin == 17
+            assert [span.note for span in ready.spans if span.parent == "startup"] == ["minilm"]
+            replica.end(0)
+
+    async def test_an_area_that_cannot_be_filled_fails_the_replica_with_its_error(self, bench: Bench) -> None:
+        bench.plane.filled_errors = [IntegrityError("chunk 3 is wrong at the origin")]
+        async with bench.living():
+            pass
+        last = bench.reports[-1]
+        assert last.state is S.FAILED
+        assert last.error is not None
+        assert last.error.kind == "integrity"
+        assert bench.launcher.replicas["rep-1"].kills == 1
+
+    async def test_a_model_whose_data_plane_died_is_given_again(self, bench: Bench) -> None:
+        bench.plane.filled_errors = [PlatformDownError("the node's data plane is gone")]
+        bench.plane.filled_content = ContentBytes(disk=5)
+        async with bench.living():
+            replica = await reach(bench, S.LOADING)
+            await replica.say(RenewModel(model="minilm"))
+            with anyio.fail_after(WAIT_S_MAX):
+                answer, fds = await replica.channel.receive()
+            assert isinstance(answer, ModelRenewed)
+            assert answer.handle is not None
+            given = open_fds()
+            assert given[fds[answer.handle.slabs[0].fd]].startswith("/memfd:area")
+            assert given[fds[answer.handle.progress_fd]].startswith("/memfd:progress")
+            for fd in fds:
+                os.close(fd)
+            await replica.say(Ready(spans=()))
+            ready = await bench.until(S.READY)
+            assert ready.content.disk == 105
+            replica.end(0)
+        assert [each for each in bench.plane.ensured if each[0] == MODEL] == [(MODEL, "rep-1", True)] * 2
+
+    async def test_one_that_was_complete_before_its_data_plane_died_is_ready_all_the_same(
+        self, bench: Bench
+    ) -> None:
+        bench.plane.filled_errors = [PlatformDownError("the node's data plane is gone")]
+        async with bench.living():
+            replica = await reach(bench, S.READY)
+            replica.end(0)
+
+    async def test_a_model_that_it_does_not_have_is_not_given(self, bench: Bench) -> None:
+        async with bench.living():
+            replica = await reach(bench, S.LOADING)
+            await replica.say(RenewModel(model="another"))
+            answer = await replica.hear()
+            assert isinstance(answer, ModelRenewed)
+            assert answer.error is not None
+            assert answer.error.kind == "not_found"
+            replica.end(0)
 
 
 class TestFaults:

@@ -22,14 +22,10 @@ from snowdrop.content.source import ChunkSource, Tier, wrong_chunk
 from snowdrop.domain.errors import CorruptContentError, IntegrityError, ReadCancelledError, SnowdropError
 from snowdrop.domain.ids import DEFAULT_TENANT, TenantId
 from snowdrop.domain.manifest import Manifest
-from snowdrop.policy.prefetch import URGENT, WANTED, FetchOrder, load_order
+from snowdrop.policy.prefetch import URGENT, WANTED, FetchOrder, load_order, pace_of
 
 WRONG_READS_MAX = 3
 """So often a chunk may come wrong from the last source: bytes get damaged on their way."""
-EASY_START_RUNS = 2
-"""Runs from the origin at once at the very start, one more with each that has come: bytes nobody waits for yet
-do not hold up the first tensor."""
-
 FindBad = Callable[[int, int, memoryview], list[int]]
 """(first, count, bytes): those of the chunks whose bytes are not what their digests say."""
 
@@ -69,6 +65,8 @@ class Fill:
         self._wrong_reads: Counter[int] = Counter()
         self._area_error: SnowdropError | None = None
         self._runs_done = 0
+        self._origin_bytes = 0
+        self._began_s = 0.0
         self._wake_lock = threading.Lock()
 
     # --- who wants what -----------------------------------------------------------------------------------
@@ -181,9 +179,13 @@ class Fill:
         if chunk is None:
             return None
         source = self._source_of(chunk)
-        if not has_room(source.tier, EASY_START_RUNS + self._runs_done - self.flights):
+        limit, spare = READ_BYTES_MAX, 1
+        if source.tier == "origin":
+            self._began_s = self._began_s or time.monotonic()
+            pace = pace_of(self._origin_bytes, time.monotonic() - self._began_s, self._runs_done, origin_bytes_max)
+            limit, spare = pace.run_bytes_max, pace.runs_max - self.flights
+        if not has_room(source.tier, spare):
             return None
-        limit = origin_bytes_max if source.tier == "origin" else READ_BYTES_MAX
         run = self._run_from(chunk, source, limit, whole=whole)
         self._in_flight[run.first : run.first + run.count] = b"\1" * run.count
         self.flights += 1
@@ -312,6 +314,7 @@ class Fill:
         """Books a run that `carry` has carried."""
         self.flights -= 1
         self._runs_done += 1
+        self._origin_bytes += run.length if run.source.tier == "origin" else 0
         self._in_flight[run.first : run.first + run.count] = bytes(run.count)
         bad = set(outcome.bad)
         for chunk in range(run.first, run.first + run.count):

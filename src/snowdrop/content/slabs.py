@@ -148,7 +148,11 @@ class SlabPool:
             slab.touch(offset, min(TOUCH_STEP_BYTES, size - offset))
             self._closed.wait(TOUCH_STEP_S)
         with self._lock:
-            self._free.append(slab)
+            is_late = self._closed.is_set()
+            if not is_late:
+                self._free.append(slab)
+        if is_late:
+            slab.close()
 
     def shrink(self, size: int) -> None:
         """Gives idle slabs of together at most `size` bytes back to the machine; at least one if any is idle."""

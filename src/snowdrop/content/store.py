@@ -40,6 +40,7 @@ from snowdrop.content.source import Tier
 from snowdrop.domain.errors import (
     NotFoundError,
     StorageFullError,
+    UnavailableError,
     error_from_body,
 )
 from snowdrop.domain.ids import Digest, TenantId, fresh_id
@@ -47,6 +48,10 @@ from snowdrop.domain.manifest import Manifest
 from snowdrop.domain.receipt import ContentBytes, Span
 
 POOL_TICK_S = 0.5
+
+
+COMPLETIONS_MAX = 4
+"""So often a directory is completed for one who waits: one may pause, and the disk may lose what was written."""
 
 
 class Landed(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,10 +185,18 @@ class ContentStore:
             artefact.must_complete = True
             artefact.behind_error = None
             artefact.tell()
-            while not artefact.landing.is_complete:
+            for _ in range(COMPLETIONS_MAX):
+                if artefact.landing.is_complete:
+                    return
                 await self._complete_behind(artefact, artefact.landing).wait()
                 if artefact.behind_error is not None:
                     raise error_from_body(artefact.behind_error.body())
+        if not artefact.landing.is_complete:
+            raise UnavailableError(
+                "the directory does not become complete: what is written does not stay",
+                where=str(artefact.landing.directory),
+                next_step="check the disk, then ask again",
+            )
 
     def landing_of(self, digest: Digest) -> Landing:
         """The landing directory of an artefact that was ensured; raises NotFoundError."""

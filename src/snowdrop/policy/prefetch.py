@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 URGENT = 0
 WANTED = 1
 LATER = 2
 """Behind the load order: what only completes the directory."""
 RANKS = (URGENT, WANTED, LATER)
+
+EASY_BYTES = 128 << 20
+EASY_S_MAX = 0.5
+"""A load begins with few and short runs, until so many bytes have come or so long: the first tensor does not share
+the link with bytes far behind it."""
+EASY_RUNS_MAX = 4
+EASY_RUN_BYTES = 4 << 20
+START_RUNS = 2
+"""At once at the very start; one more with each that has come."""
 
 _STALE_MAX = 1024
 """Outdated entries that a queue may hold beside one for each chunk."""
@@ -88,3 +98,18 @@ def load_order(headers: Iterable[int], chunks: Iterable[int]) -> list[int]:
     first = list(dict.fromkeys(headers))
     taken = set(first)
     return first + sorted(set(chunks) - taken)
+
+
+class Pace(NamedTuple):
+    """How much of one artefact is asked of the origin at a time."""
+
+    runs_max: int
+    run_bytes_max: int
+
+
+def pace_of(brought_bytes: int, elapsed_s: float, runs_done: int, run_bytes_max: int) -> Pace:
+    """The pace after `brought_bytes` in `elapsed_s`; `run_bytes_max` is what the link wants."""
+    runs_max = START_RUNS + runs_done
+    if brought_bytes < EASY_BYTES and elapsed_s < EASY_S_MAX:
+        return Pace(min(runs_max, EASY_RUNS_MAX), min(run_bytes_max, EASY_RUN_BYTES))
+    return Pace(runs_max, run_bytes_max)
