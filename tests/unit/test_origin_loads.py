@@ -18,6 +18,7 @@ from snowdrop.content.origin import MemoryOrigin, OriginOptions
 from snowdrop.content.origin.objects import ObjectStoreOrigin
 from snowdrop.content.origin.race import RaceLimits
 from snowdrop.content.origin.ranges import ReadLimits
+from snowdrop.content.progress import FillState
 from snowdrop.content.store import ContentStore, Landed, open_store
 from snowdrop.domain.errors import IntegrityError, OriginRefusedError, UnavailableError
 from snowdrop.domain.ids import DEFAULT_TENANT, Digest, TenantId
@@ -25,7 +26,7 @@ from snowdrop.policy.hedge import HedgeLimits
 
 pytestmark = pytest.mark.anyio
 
-WAIT_S_MAX = 60.0
+WAIT_S_MAX = 30.0
 
 
 def close_wake(landed: Landed) -> None:
@@ -192,8 +193,24 @@ async def test_a_load_that_is_given_up_ends_the_reads_that_are_under_way(tmp_pat
             await anyio.to_thread.run_sync(reached.wait, WAIT_S_MAX)
             tasks.cancel_scope.cancel()
         it.store.release("h")
+        given_up = len(it.server.asked)
         await it.store.wait_quiet()
         asked = len(it.server.asked)
+        assert asked <= given_up + 4  # one look of each thread; left alone a read would try eight times
         it.server.plan = lambda asked: None
         await it.load()
         assert len(it.server.asked) > asked
+
+
+async def test_a_wait_that_begins_after_the_load_has_failed_ends_too(tmp_path: Path) -> None:
+    def plan(asked: Asked) -> Fault | None:
+        return Fault(status=403) if "/packs/" in asked.key and asked.last - asked.first > 1 << 20 else None
+
+    async with loading(tmp_path, plan) as it:
+        landed = await it.store.ensure(DEFAULT_TENANT, it.digest, "h", map_tensors=True)
+        close_wake(landed)
+        assert landed.area is not None
+        while landed.area.progress.state is not FillState.FAILED:
+            await anyio.sleep(0.01)
+        with pytest.raises(OriginRefusedError, match="403"):
+            await it.store.wait_filled(it.digest, "h")
