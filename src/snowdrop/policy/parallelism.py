@@ -12,7 +12,8 @@ import msgspec
 
 MIB = 1 << 20
 CONNECTIONS_START = 4
-RANGE_BYTES_START = 4 * MIB
+RANGE_BYTES_START = 2 * MIB
+"""Small while nothing is known: what comes first should not share the link with large reads of later bytes."""
 RAMP_GAIN_MIN = 0.15
 """Doubling pays if it brings at least so much more."""
 STEP_GAIN_MIN = 0.02
