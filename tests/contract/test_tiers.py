@@ -5,14 +5,20 @@ import pytest
 
 from content_helpers import noise, push, safetensors_bytes, small_pool
 from snowdrop.content.area import Area
+from snowdrop.content.disk import DiskTier
 from snowdrop.content.diskio import DiskIo
 from snowdrop.content.landing import Landing
 from snowdrop.content.layout import PUBLIC_DOMAIN, manifest_key
 from snowdrop.content.manifest import decode_manifest
 from snowdrop.content.origin import MemoryOrigin
 from snowdrop.content.placement import area_layout
+from snowdrop.content.siblings import AreaSiblings, DiskSiblings
 from snowdrop.content.source import ChunkSource, PackSource, bad_chunks
+from snowdrop.domain.errors import SnowdropError
+from snowdrop.domain.ids import Digest
 from snowdrop.domain.manifest import Manifest
+
+OTHER = Digest("blake3:" + "e" * 64)
 
 
 class MemorySource:
@@ -123,3 +129,58 @@ class TestArea(SourceContract):
             area.mark(chunk)
         yield area
         area.close()
+
+
+class TestAreaSiblings(SourceContract):
+    """Another artefact's area, as a source of the same chunks."""
+
+    @pytest.fixture
+    def source(self, packs: PackSource, manifest: Manifest) -> Iterator[ChunkSource]:
+        area = Area(manifest, area_layout(manifest), small_pool())
+        for chunk, data in chunks_of(manifest, packs).items():
+            area.scatter(chunk, memoryview(data))
+            area.mark(chunk)
+        yield AreaSiblings(manifest, lambda: (area,))
+        area.close()
+
+    def test_an_area_that_goes_away_is_an_error_and_not_held(self, packs: PackSource, manifest: Manifest) -> None:
+        area = Area(manifest, area_layout(manifest), small_pool())
+        area.mark(0)
+        source = AreaSiblings(manifest, lambda: (area,))
+        assert source.holds(0)
+        area.close()
+        assert not source.holds(0)
+        with pytest.raises(SnowdropError):
+            source.read(0, 1, memoryview(bytearray(manifest.chunks[0].plain_bytes)))
+
+
+class TestDiskSiblings(SourceContract):
+    """Another artefact's landing directory, as a source of the same chunks."""
+
+    @pytest.fixture
+    def disk(self, tmp_path: Path, packs: PackSource, manifest: Manifest) -> Iterator[DiskTier]:
+        disk = DiskTier(tmp_path / "cache", 1 << 30)
+        disk.open()
+        disk.reserve(OTHER, manifest, set())
+        landing = disk.open_landing(OTHER, manifest)
+        for chunk, data in chunks_of(manifest, packs).items():
+            landing.write(chunk, memoryview(data))
+        yield disk
+        disk.close()
+
+    @pytest.fixture
+    def source(self, tmp_path: Path, disk: DiskTier, manifest: Manifest) -> ChunkSource:
+        own = Landing(tmp_path / "own", manifest, DiskIo())
+        source = DiskSiblings(manifest)
+        source.look(disk, range(len(manifest.chunks)), own)
+        return source
+
+    def test_only_bytes_that_were_read_and_wrong_are_told_to_their_directory(
+        self, source: ChunkSource, disk: DiskTier, manifest: Manifest
+    ) -> None:
+        landing = disk.open_landing(OTHER, manifest)
+        source.quarantine(0)
+        assert landing.holds(0)
+        source.read(1, 1, memoryview(bytearray(manifest.chunks[1].plain_bytes)))
+        source.quarantine(1)
+        assert not landing.holds(1)

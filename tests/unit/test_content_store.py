@@ -387,6 +387,40 @@ async def test_a_fine_tune_takes_what_it_shares_from_its_base(
         assert origin.pack_bytes_read - before == landed.content.origin
 
 
+async def test_two_loads_at_once_fetch_what_they_share_once(tmp_path: Path) -> None:
+    base, tune, own_bytes = write_base_and_tune(tmp_path)
+    origin = Slow()
+    first, second = (push(each, origin).artefact.manifest for each in (base, tune))
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ensure, store, first, "base")
+            await origin.was_asked()
+            tasks.start_soon(ensure, store, second, "tune")
+            await origin.was_asked()
+            await anyio.wait_all_tasks_blocked()
+            origin.let_all()
+        assert origin.pack_bytes_read < (base / "model.safetensors").stat().st_size + own_bytes + 8192
+        landed = await ensure(store, second, "again")
+        assert area_bytes(landed, "model.safetensors") == (tune / "model.safetensors").read_bytes()
+
+
+async def test_what_a_load_was_about_to_bring_is_fetched_when_it_is_given_up(tmp_path: Path) -> None:
+    base, tune, _ = write_base_and_tune(tmp_path)
+    origin = Slow()
+    first, second = (push(each, origin).artefact.manifest for each in (base, tune))
+    async with open_store(settings_for(tmp_path / "cache", fetch_threads=1), origin=origin) as store:
+        given_up = await store.ensure(DEFAULT_TENANT, first, "base", map_tensors=True)
+        await origin.was_asked()
+        landed = await store.ensure(DEFAULT_TENANT, second, "tune", map_tensors=True)
+        store.release("base")
+        origin.let_all()
+        await store.wait_filled(second, "tune")
+        assert area_bytes(landed, "model.safetensors") == (tune / "model.safetensors").read_bytes()
+        for each in (given_up, landed):
+            assert each.wake is not None
+            each.wake.close()
+
+
 async def test_wrong_bytes_of_another_artefact_are_not_taken_over(tmp_path: Path, origin: CountingOrigin) -> None:
     base, tune, _ = write_base_and_tune(tmp_path)
     first, second = (push(each, origin).artefact.manifest for each in (base, tune))

@@ -14,7 +14,7 @@ import anyio
 from snowdrop.agent.api import build_agent_api
 from snowdrop.agent.content import DataPlaneKeeper
 from snowdrop.agent.context import NodeContext
-from snowdrop.agent.dataplane.client import DataPlane
+from snowdrop.agent.dataplane.client import DataPlane, raise_descriptor_limit
 from snowdrop.agent.link import AgentLink
 from snowdrop.agent.mounting import add_mount_routes
 from snowdrop.agent.mounts import ModelMounts
@@ -50,6 +50,7 @@ async def run_agent(
     until_stopped: Callable[[anyio.CancelScope], Coroutine[Any, Any, None]],
 ) -> None:
     """Runs until stopped; then drains every replica within `agent.stop_s_max`."""
+    raise_descriptor_limit()
     agent = settings.agent
     # Of the whole path: another platform on this machine must not be taken for an earlier life of this one.
     place = hashlib.sha256(str(layout.root).encode()).hexdigest()

@@ -21,7 +21,7 @@ from snowdrop.content.manifest import decode_manifest
 from snowdrop.content.origin import Origin
 from snowdrop.content.placement import AreaLayout, area_layout, header_chunks
 from snowdrop.content.runs import Place, Ticket
-from snowdrop.content.source import PackSource, bad_chunks
+from snowdrop.content.source import PackSource, bad_chunks, wrong_chunk
 from snowdrop.domain.errors import CorruptContentError, NotFoundError, SnowdropError, error_from_body
 from snowdrop.domain.ids import Digest
 from snowdrop.domain.manifest import MANIFEST_BYTES_MAX, Extent, FileEntry, Manifest
@@ -97,12 +97,25 @@ class Artefact:
         found = bytearray(length)
         for extent in self._extents(file, offset, length):
             data = memoryview(bytearray(self.manifest.chunks[extent.chunk].plain_bytes))
-            self.fill.read_verified(extent.chunk, data)
+            self.read_verified(extent.chunk, data)
             begin = max(offset, extent.file_offset)
             end = min(offset + length, extent.file_offset + extent.length)
             at = begin - extent.file_offset + extent.chunk_offset
             found[begin - offset : end - offset] = data[at : at + end - begin]
         return bytes(found)
+
+    def read_verified(self, chunk: int, into: memoryview) -> None:
+        """One chunk from the nearest source that has it right. Blocks; raises as the last one does."""
+        for source in self.fill.sources():
+            try:
+                if source is self.packs or source.holds(chunk):
+                    source.read(chunk, 1, into)
+                    if not self.fill.find_bad(chunk, 1, into):
+                        return
+            except SnowdropError:
+                if source is self.packs:
+                    raise
+        raise wrong_chunk(self.manifest, chunk)
 
     def _extents(self, file: int, offset: int, length: int) -> list[Extent]:
         if not 0 <= file < len(self.manifest.files):

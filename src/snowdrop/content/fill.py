@@ -10,22 +10,25 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import count
 
 from snowdrop.content.area import Area
 from snowdrop.content.landing import Landing
 from snowdrop.content.placement import READ_BYTES_MAX, AreaLayout
 from snowdrop.content.progress import FillState
-from snowdrop.content.runs import Outcome, Reader, Run, Ticket
+from snowdrop.content.runs import Awaited, Outcome, Reader, Run, Ticket
 from snowdrop.content.source import ChunkSource, Tier, wrong_chunk
 from snowdrop.domain.errors import CorruptContentError, IntegrityError, ReadCancelledError, SnowdropError
 from snowdrop.domain.ids import DEFAULT_TENANT, TenantId
 from snowdrop.domain.manifest import Manifest
-from snowdrop.policy.prefetch import URGENT, WANTED, FetchOrder, load_order, pace_of
+from snowdrop.policy.prefetch import LATER, URGENT, WANTED, FetchOrder, load_order, pace_of
 
 WRONG_READS_MAX = 3
 """So often a chunk may come wrong from the last source: bytes get damaged on their way."""
+_turns = count(1)
+
 FindBad = Callable[[int, int, memoryview], list[int]]
 """(first, count, bytes): those of the chunks whose bytes are not what their digests say."""
 
@@ -46,19 +49,18 @@ class Fill:
         self.layout = layout
         self.area: Area | None = None
         self.landing: Landing | None = None
-        self.siblings: tuple[ChunkSource, ...] = ()
-        """Other artefacts of the node that may have some of the chunks, the nearest first."""
+        self.siblings: tuple[ChunkSource, ...] = ()  # other artefacts, the nearest first
+        self.awaited: Awaited | None = None
+        self.turn = 0  # later ones have higher numbers; one waits for earlier ones only: never in a circle
         self.last = last
-        self.tenant = DEFAULT_TENANT
-        """For whom the origin is read: bandwidth is bounded for each tenant."""
+        self.tenant = DEFAULT_TENANT  # whose bandwidth it is
         self.readers: dict[str, Reader] = {}
         self.flights = 0
         self.completed_unix_ns = 0
-        self.on_progress: Callable[[], None] = lambda: None
-        """Called in a thread when a run has been carried."""
+        self.on_progress: Callable[[], None] = lambda: None  # called in a thread after a run
         self._headers = headers
         self._order = FetchOrder(load_order(headers, layout.places))
-        self._find_bad = find_bad
+        self.find_bad = find_bad
         self._tickets: list[Ticket] = []
         self._in_flight = bytearray(len(manifest.chunks))
         self._landing_goal = bytearray(len(manifest.chunks))
@@ -93,12 +95,12 @@ class Fill:
     @property
     def is_due(self) -> bool:
         """Whether a run would be taken now."""
-        if not self._tickets and not self.readers:
-            return False
-        return self._order.next(self._is_due, whole=self.is_whole_wanted) is not None
+        return self.is_wanted and self._next(whole=self.is_whole_wanted) is not None
 
     def attach(self, holder: str, wake: socket.socket | None, *, is_lazy: bool) -> Reader:
         """`holder` reads the area from now on. A fill that had failed is tried again."""
+        if not self.readers:
+            self.turn = next(_turns)
         with self._wake_lock:
             reader = self.readers.setdefault(holder, Reader(is_lazy=is_lazy))
             reader.is_lazy &= is_lazy
@@ -119,10 +121,8 @@ class Fill:
         """`holder` no longer reads; without any reader nothing new is fetched for the area."""
         with self._wake_lock:
             reader = self.readers.pop(holder, None)
-            for wake in reader.wakes if reader is not None else ():
-                # Whoever listens to it finds its end and closes it.
-                with suppress(OSError):
-                    wake.shutdown(socket.SHUT_RDWR)
+            if reader is not None:
+                reader.end()
         if not self.readers:
             self._order.forget()
             for ticket in self._tickets:
@@ -175,7 +175,7 @@ class Fill:
         if not self.is_wanted:
             return None
         whole = self.is_whole_wanted
-        chunk = self._order.next(self._is_due, whole=whole)
+        chunk = self._next(whole=whole)
         if chunk is None:
             return None
         source = self._source_of(chunk)
@@ -209,8 +209,23 @@ class Fill:
             end += 1
         return Run(source, chunk, end - chunk, length, area, at)
 
+    def _next(self, *, whole: bool) -> int | None:
+        chunk = self._order.next(self._is_due, whole=whole)
+        if chunk is None and self.awaited is not None:
+            self._order.want(self.awaited.no_longer(), LATER)
+            chunk = self._order.next(self._is_due, whole=whole)
+        return chunk
+
     def _is_due(self, chunk: int) -> bool:
-        return not self._in_flight[chunk] and (self._needs_area(chunk) or bool(self._landing_goal[chunk]))
+        if self._in_flight[chunk]:
+            return False
+        if self._landing_goal[chunk]:
+            return True
+        return self._needs_area(chunk) and not (self.awaited is not None and self.awaited.holds_up(chunk))
+
+    def will_bring(self, chunk: int) -> bool:
+        """Whether the area is about to get this chunk in any case."""
+        return self.is_whole_wanted and self._needs_area(chunk)
 
     def _needs_area(self, chunk: int) -> bool:
         if (
@@ -231,10 +246,12 @@ class Fill:
 
     def _source_of(self, chunk: int) -> ChunkSource:
         """The nearest that has it."""
-        for source in (self.landing, self.area, *self.siblings):
-            if source is not None and source.holds(chunk):
-                return source
-        return self.last
+        return next(source for source in self.sources() if source is self.last or source.holds(chunk))
+
+    def sources(self) -> Iterator[ChunkSource]:
+        """The nearest first; all but the last may lack a chunk."""
+        yield from (source for source in (self.landing, self.area, *self.siblings) if source is not None)
+        yield self.last
 
     # --- carrying a run, without the lock -----------------------------------------------------------------
 
@@ -253,7 +270,7 @@ class Fill:
             view = scratch(run.length)
         try:
             run.source.read(run.first, run.count, view)
-            outcome = Outcome(self._find_bad(run.first, run.count, view))
+            outcome = Outcome(self.find_bad(run.first, run.count, view))
         except SnowdropError as error:
             outcome = Outcome(list(range(run.first, run.first + run.count)), error)
         if run.source is not self.last:
@@ -285,28 +302,11 @@ class Fill:
         except SnowdropError as error:
             outcome.landing_error = error
 
-    def read_verified(self, chunk: int, into: memoryview) -> None:
-        """One chunk from the nearest source that has it right, for a caller's own memory. Raises as the source."""
-        for source in (self.landing, self.area, *self.siblings, self.last):
-            if source is None or not source.holds(chunk):
-                continue
-            try:
-                source.read(chunk, 1, into)
-            except SnowdropError:
-                if source is self.last:
-                    raise
-                continue
-            if not self._find_bad(chunk, 1, into):
-                return
-        raise wrong_chunk(self.manifest, chunk)
-
     def wake(self) -> None:
         """Tells every reader that there is more to see. Never blocks: a full socket wakes its reader anyway."""
         with self._wake_lock:
             for reader in self.readers.values():
-                for wake in reader.wakes:
-                    with suppress(OSError):
-                        wake.send(b"\0", socket.MSG_DONTWAIT)
+                reader.wake()
 
     # --- afterwards ---------------------------------------------------------------------------------------
 

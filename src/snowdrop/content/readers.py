@@ -35,6 +35,7 @@ class Readers:
         """`holder` no longer reads: what only it wanted is not fetched."""
         with self._engine.lock:
             artefact.fill.detach(holder)
+            self._engine.lock.notify_all()  # others may have waited for what it was about to bring
         artefact.tell()
 
     async def _listen(self, artefact: Artefact, holder: str, wake: socket.socket) -> None:

@@ -6,8 +6,9 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from snowdrop.content.area import Area
 from snowdrop.content.source import ChunkSource, Tier
@@ -38,6 +39,28 @@ class Reader:
     began_unix_ns: int = field(default_factory=time.time_ns)
     wakes: list[socket.socket] = field(default_factory=list)
     given: Counter[Tier] = field(default_factory=Counter)
+
+    def wake(self) -> None:
+        """Never blocks: a full socket wakes its reader anyway."""
+        for wake in self.wakes:
+            with suppress(OSError):
+                wake.send(b"\0", socket.MSG_DONTWAIT)
+
+    def end(self) -> None:
+        """Whoever listens to the sockets finds their end and closes them."""
+        for wake in self.wakes:
+            with suppress(OSError):
+                wake.shutdown(socket.SHUT_RDWR)
+
+
+class Awaited(Protocol):
+    """Chunks that other artefacts' areas are about to get, from where they are then copied."""
+
+    def holds_up(self, chunk: int) -> bool:
+        """Whether to wait with this chunk; remembers it if so."""
+
+    def no_longer(self) -> list[int]:
+        """Those that were held up and are not any more; forgets them."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from snowdrop.content.area import Area
 from snowdrop.content.disk import DiskTier
+from snowdrop.content.fill import Fill
 from snowdrop.content.landing import Landing
 from snowdrop.content.source import Tier
 from snowdrop.domain.errors import NotFoundError
@@ -108,3 +109,35 @@ class DiskSiblings:
     def _are_neighbours(self, left: int, right: int) -> bool:
         one, other = self._found.get(left), self._found.get(right)
         return one is not None and other is not None and one[0] is other[0] and one[1] + 1 == other[1]
+
+
+class EarlierFills:
+    """Loads that began earlier and are about to bring the same chunks: nobody fetches those a second time.
+
+    Called with the engine's lock held, as the fills themselves.
+    """
+
+    def __init__(self, own: Fill, others: Sequence[Fill]) -> None:
+        self._own = own
+        self._others = [fill for fill in others if fill.manifest.key_domain == own.manifest.key_domain]
+        self._held_up: set[int] = set()
+
+    def holds_up(self, chunk: int) -> bool:
+        if not self._is_coming(chunk):
+            return False
+        self._held_up.add(chunk)
+        return True
+
+    def no_longer(self) -> list[int]:
+        free = sorted(chunk for chunk in self._held_up if not self._is_coming(chunk))
+        self._held_up.difference_update(free)
+        return free
+
+    def _is_coming(self, chunk: int) -> bool:
+        name = self._own.manifest.chunks[chunk]
+        for fill in self._others:
+            if fill.turn < self._own.turn and fill.area is not None:
+                index = fill.area.find(fill.manifest.key_domain, name.digest)
+                if index is not None and fill.will_bring(index):
+                    return True
+        return False

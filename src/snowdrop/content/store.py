@@ -34,7 +34,7 @@ from snowdrop.content.parts import StoreParts, content_bytes
 from snowdrop.content.pins import Pins
 from snowdrop.content.readers import Readers
 from snowdrop.content.settings import DataPlaneSettings
-from snowdrop.content.siblings import AreaSiblings, DiskSiblings
+from snowdrop.content.siblings import AreaSiblings, DiskSiblings, EarlierFills
 from snowdrop.content.slabs import SlabPool
 from snowdrop.content.source import Tier
 from snowdrop.domain.errors import (
@@ -286,8 +286,10 @@ class ContentStore:
         on_disk = DiskSiblings(artefact.manifest)
         await anyio.to_thread.run_sync(on_disk.look, self._disk, missing, landing)
         in_memory = AreaSiblings(artefact.manifest, self._areas.all)
+        others = [other.fill for other in self._artefacts.values() if other is not artefact and other.fill.readers]
         with self._engine.lock:
             artefact.fill.siblings = (in_memory, on_disk)
+            artefact.fill.awaited = EarlierFills(artefact.fill, others) if others else None
 
     async def _bring_files(self, artefact: Artefact, wanted: list[int]) -> ContentBytes:
         sizes = artefact.manifest.chunks

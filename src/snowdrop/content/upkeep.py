@@ -308,7 +308,7 @@ class _Check:
 def _renew_in_memory(artefact: Artefact, area: Area, chunk: int) -> None:
     """Right bytes in place of wrong ones. Whoever has mapped the area sees them, unless it wrote there itself."""
     data = bytearray(artefact.manifest.chunks[chunk].plain_bytes)
-    artefact.fill.read_verified(chunk, memoryview(data))
+    artefact.read_verified(chunk, memoryview(data))
     with area.use():
         area.scatter(chunk, memoryview(data))
         area.mark(chunk)

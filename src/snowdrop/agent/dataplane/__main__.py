@@ -11,6 +11,7 @@ import sys
 
 import anyio
 
+from snowdrop.agent.dataplane.client import raise_descriptor_limit
 from snowdrop.agent.dataplane.server import serve
 from snowdrop.content.settings import decode_settings
 from snowdrop.domain.errors import SnowdropError
@@ -27,6 +28,7 @@ def main() -> int:
     # A terminal's Ctrl-C is for the agent, which closes the channel in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.set_inheritable(arguments.fd, False)
+    raise_descriptor_limit()
     try:
         settings = decode_settings(arguments.settings.encode())
         with socket.socket(fileno=arguments.fd) as sock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -254,6 +255,12 @@ def _down() -> PlatformDownError:
     return PlatformDownError(
         "the node's data plane is gone", where="data plane", next_step="the agent restarts it; try again"
     )
+
+
+def raise_descriptor_limit() -> None:
+    """Large models take a descriptor per slab, in this process and on their way: as many as the system allows."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def start_process(settings: DataPlaneSettings) -> tuple[anyio.abc.Process, DataPlane]:
