@@ -57,7 +57,7 @@ def test_weights_origin_loads_over_http_and_s3_and_restarts_from_disk(tmp_path: 
 
 
 def test_weights_dedupe_says_what_is_moved(tmp_path: Path) -> None:
-    report = report_of(tmp_path, "weights_dedupe", "--cases", "re-shard")["out-re-shard"]
+    report = report_of(tmp_path, "weights_dedupe", "--cases", "re-shard", "--gib", "0.02")["out-re-shard"]
     for metric in ("pushed_share", "fetched_share"):
         assert 0 <= value(report, "snowdrop", metric) < value(report, "files", metric) <= 1
         assert value(report, "ideal", metric) == 0
