@@ -151,7 +151,8 @@ class _StoreRoutes:
                 got.close()
                 await plane.wait_directory(body.manifest)
             except SnowdropError as error:
-                last = ApiError(error=error.body())
+                step = f"{error.next_step}; it stays pinned: `snowdrop store unpin` takes that back".lstrip("; ")
+                last = ApiError(error=msgspec.structs.replace(error.body(), next_step=step))
             finally:
                 with anyio.CancelScope(shield=True):
                     await plane.release(holder)

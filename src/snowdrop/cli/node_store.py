@@ -157,7 +157,7 @@ def print_node(stats: NodeStats, content: list[NodeContent]) -> None:
     shown.add_row("RAM", human_bytes(stats.ram_bytes), human_bytes(stats.ram_bytes_max), areas)
     disk = f"{stats.artefacts} artefacts, {stats.pinned} pinned"
     shown.add_row("disk", human_bytes(stats.disk_bytes), human_bytes(stats.disk_bytes_max), disk)
-    for tier, count in stats.served_bytes.items():
+    for tier, count in ((tier, count) for tier, count in stats.served_bytes.items() if count):
         shown.add_row(f"  from {tier}", human_bytes(count), "", "given to loads since the data plane started")
     console.print(shown)
     for item in content:
