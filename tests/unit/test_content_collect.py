@@ -39,6 +39,7 @@ class Bench:
         self.origin = origin
         self.clock = Later()
         self.roots: list[Root] = []
+        self.own_platform = ""
 
     def name(self, name: str, artefact: ArtefactRef) -> None:
         ref = make_ref(artefact, tenant=DEFAULT_TENANT, name=name, generation=1, created_unix_ns=1, signer=SIGNER)
@@ -48,7 +49,9 @@ class Bench:
         self.origin.delete(ref_key("public", DEFAULT_TENANT, name))
 
     def observer(self) -> Observer:
-        return Observer(self.origin, lambda: self.roots, keyring=lambda: PUBLIC_KEYRING)
+        return Observer(
+            self.origin, lambda: self.roots, keyring=lambda: PUBLIC_KEYRING, own_platform=self.own_platform
+        )
 
     def gc(self, *, grace_s: float = 0.0, dry_run: bool = False) -> CollectionReport:
         collector = Collector(self.origin, self.observer(), grace_s=grace_s, clock=self.clock)
@@ -128,6 +131,17 @@ def test_a_root_of_control_or_of_another_platform_keeps_content(bench: Bench, tw
     bench.origin.put(ROOTS + "p2", b'{"version":1,"platform":"p2","seen_unix_ns":1,"roots":[]}')
     assert bench.gc().deleted_objects > 0
     assert bench.content() < before
+
+
+def test_what_stands_at_the_origin_about_this_platform_itself_does_not_count(
+    bench: Bench, two: dict[str, ArtefactRef]
+) -> None:
+    bench.unname("other")
+    record = b'{"version":1,"platform":"own","seen_unix_ns":1,"roots":[["public","%s"]]}'
+    bench.origin.put(ROOTS + "own", record % two["other"].manifest.encode())
+    assert bench.gc(dry_run=True).deleted_objects == 0
+    bench.own_platform = "own"
+    assert bench.gc(dry_run=True).deleted_objects > 0
 
 
 def test_a_name_that_comes_back_in_the_grace_period_saves_its_content(

@@ -176,7 +176,7 @@ async def test_a_revision_is_named_at_the_origin_before_the_state_names_it(bench
 
 
 async def test_everything_that_the_state_names_is_gathered_over_all_tenants(bench: Bench) -> None:
-    await bench.put(1, "a")
+    await bench.put(1, "c")
     await bench.state.put_revision(revision(tenant=TenantId("other")))
     async with bench.roots.changing:
         found = await bench.roots.gather()
@@ -185,8 +185,21 @@ async def test_everything_that_the_state_names_is_gathered_over_all_tenants(benc
     assert names == {"model default/minilm", "deployment other/embed"}
     await bench.deploying.delete_model(DEFAULT_TENANT, "minilm")
     async with bench.roots.changing:
-        names = {name for root in (await bench.roots.gather()).roots for name in root.named_by}
-    assert names == {"deployment other/embed"}
+        assert {name for root in (await bench.roots.gather()).roots for name in root.named_by} == {
+            "deployment other/embed"
+        }
+        assert artefact("c").manifest in bench.named_at_origin(), "asking changes nothing there"
+        await bench.roots.publish_all()
+    assert artefact("c").manifest not in bench.named_at_origin()
+
+
+async def test_after_a_restart_everything_is_said_at_the_origin_again(bench: Bench) -> None:
+    await bench.put(1, "a")
+    bench.origin.delete(ROOTS + "platform-a")
+    again = OriginRoots(bench.origin, bench.keys, bench.state, bench.loop.world, "platform-a")
+    async with again.changing:
+        await again.publish_roots([artefact("b")])
+    assert bench.named_at_origin() == {artefact("a").manifest, artefact("b").manifest}
 
 
 def test_a_platform_keeps_its_name(tmp_path: Path) -> None:

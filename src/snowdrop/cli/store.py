@@ -147,7 +147,9 @@ def _collect(ctx: Context, origin: Origin, grace_s: float, *, dry_run: bool) -> 
             counts = f" {state.done} of {state.total}" if state.total else ""
             bar.update(task, description=f"{state.step}{counts}")
 
-        collector = Collector(origin, observer_of(ctx, origin), grace_s=grace_s, progress=progress)
+        collector = Collector(
+            origin, observer_of(ctx, origin, publish=not dry_run), grace_s=grace_s, progress=progress
+        )
         return collector.run(dry_run=dry_run)
 
 
@@ -157,14 +159,17 @@ def origin_of(ctx: Context) -> Origin:
     return open_origin(info.origin_url, info.origin)
 
 
-def observer_of(ctx: Context, origin: Origin) -> Observer:
-    """Takes stock of the origin, with what control's state names among the roots."""
+def observer_of(ctx: Context, origin: Origin, *, publish: bool = False) -> Observer:
+    """Takes stock of the origin, with what control's state names among the roots; `publish` says it there too."""
 
     def own_roots() -> list[Root]:
-        named = ctx.client.get(StoreRoots, "store", "roots")
+        method = "POST" if publish else "GET"
+        named = ctx.client.send(StoreRoots, method, "store", "roots")
         return [Root(root.key_domain, root.manifest) for root in named.roots]
 
-    return Observer(origin, own_roots, keyring=lambda: load_keyring(ctx.layout.content_keys))
+    own_platform = ctx.client.get(StoreRoots, "store", "roots").platform
+    keys = ctx.layout.content_keys
+    return Observer(origin, own_roots, keyring=lambda: load_keyring(keys), own_platform=own_platform)
 
 
 def print_origin(figures: OriginStats) -> None:

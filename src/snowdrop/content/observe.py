@@ -75,7 +75,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
 class Observer:
     """Reads an origin as often as asked; manifests, which never change, are read once.
 
-    `own_roots` says what this platform names, and is asked each time. `readers=1` reads in the calling thread.
+    `own_roots` says what this platform, `own_platform`, names; it is asked each time, and what stands about it at
+    the origin does not count. `readers=1` reads in the calling thread.
     """
 
     def __init__(
@@ -84,11 +85,13 @@ class Observer:
         own_roots: Callable[[], Iterable[Root]],
         *,
         keyring: Callable[[], Keyring],
+        own_platform: str = "",
         readers: int = READERS,
     ) -> None:
         self._origin = origin
         self._own_roots = own_roots
         self._keyring = keyring
+        self._own_record = ROOTS + own_platform
         self._readers = readers
         self._artefacts: dict[str, Artefact] = {}
 
@@ -185,7 +188,7 @@ class Observer:
         """None if one is not understood."""
         found: list[PlatformRoots] = []
         for entry in listed:
-            if entry.key.startswith(ROOTS):
+            if entry.key.startswith(ROOTS) and entry.key != self._own_record:
                 try:
                     platform = read_record(self._origin, entry.key, PlatformRoots)
                 except CorruptContentError as error:

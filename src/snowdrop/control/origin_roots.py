@@ -133,7 +133,7 @@ class OriginRoots:
     # --- roots --------------------------------------------------------------------------------------------
 
     async def gather(self) -> StoreRoots:
-        """Everything that this platform names now, published at the origin too. The caller holds `changing`."""
+        """Everything that this platform names now. The caller holds `changing`."""
         named: defaultdict[Root, set[str]] = defaultdict(set)
         for model in await self._state.list_models(None):
             named[_root(model.artefact)].add(f"model {model.tenant}/{model.name}")
@@ -144,7 +144,6 @@ class OriginRoots:
             named[_root(revision.code)].add(place)
             for bound in revision.models:
                 named[_root(bound.artefact)].add(place)
-        await self._write_roots(frozenset(named))
         roots = (
             StoreRoot(key_domain=root.key_domain, manifest=root.manifest, named_by=tuple(sorted(names)))
             for root, names in named.items()
@@ -161,10 +160,16 @@ class OriginRoots:
         """Makes `more` known at the origin as named, before the state names it. The caller holds `changing`."""
         added = {_root(artefact) for artefact in more}
         if self._published is None:
-            await self.gather()
-        known = self._published or frozenset()
-        if not added <= known:
-            await self._write_roots(known | added)
+            # The first time in this life: what stands at the origin is not known, so all of it is said.
+            await self._write_roots(_roots_of(await self.gather()) | added)
+        elif not added <= self._published:
+            await self._write_roots(self._published | added)
+
+    async def publish_all(self) -> StoreRoots:
+        """What `gather` gives, said at the origin in the place of what stood there: what is gone goes from it."""
+        found = await self.gather()
+        await self._write_roots(_roots_of(found))
+        return found
 
     async def _write_roots(self, roots: frozenset[Root]) -> None:
         ordered = tuple(sorted(roots, key=lambda root: (root.key_domain, root.manifest)))
@@ -172,6 +177,10 @@ class OriginRoots:
         key = record_key(ROOTS, self._platform)
         await anyio.to_thread.run_sync(partial(write_record, self._origin, key, record))
         self._published = roots
+
+
+def _roots_of(found: StoreRoots) -> frozenset[Root]:
+    return frozenset(Root(root.key_domain, root.manifest) for root in found.roots)
 
 
 def _root(artefact: ArtefactRef) -> Root:

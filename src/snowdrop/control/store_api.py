@@ -24,6 +24,7 @@ class StoreApi:
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/v1/store/roots", self._get_roots),
+            web.post("/v1/store/roots", self._publish_roots),
             web.get("/v1/store/models", self._get_models),
             web.route("*", "/v1/store/node/{tail:.+}", self._pass_on),
         ]
@@ -31,6 +32,11 @@ class StoreApi:
     async def _get_roots(self, _request: web.Request) -> web.Response:
         async with self._roots.changing:
             found = await self._roots.gather()
+        return web.Response(body=msgspec.json.encode(found), content_type="application/json")
+
+    async def _publish_roots(self, _request: web.Request) -> web.Response:
+        async with self._roots.changing:
+            found = await self._roots.publish_all()
         return web.Response(body=msgspec.json.encode(found), content_type="application/json")
 
     async def _get_models(self, _request: web.Request) -> web.Response:
