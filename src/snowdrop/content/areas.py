@@ -92,7 +92,8 @@ class Areas:
     async def keep(self, is_held: IsHeld) -> None:
         """Grows and shrinks the pool as `policy.pool` decides, for ever."""
         while True:
-            decision = await anyio.to_thread.run_sync(self._keep_pool)
+            # Abandoned at the end: making a large slab takes seconds, and the pool sees to what is left of it.
+            decision = await anyio.to_thread.run_sync(self._keep_pool, abandon_on_cancel=True)
             if decision.evict:
                 await self._evict(is_held)
             # While it grows, the next step follows at once: it takes its own rests.

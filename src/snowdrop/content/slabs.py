@@ -134,8 +134,7 @@ class SlabPool:
                 return False
             slab = self._dirty.pop()
         slab.zero()
-        with self._lock:
-            self._free.append(slab)
+        self._keep(slab)
         return True
 
     def grow(self, size: int) -> None:
@@ -147,12 +146,7 @@ class SlabPool:
                 return
             slab.touch(offset, min(TOUCH_STEP_BYTES, size - offset))
             self._closed.wait(TOUCH_STEP_S)
-        with self._lock:
-            is_late = self._closed.is_set()
-            if not is_late:
-                self._free.append(slab)
-        if is_late:
-            slab.close()
+        self._keep(slab)
 
     def shrink(self, size: int) -> None:
         """Gives idle slabs of together at most `size` bytes back to the machine; at least one if any is idle."""
@@ -193,6 +187,14 @@ class SlabPool:
             self._free.clear()
             self._dirty.clear()
         for slab in slabs:
+            slab.close()
+
+    def _keep(self, slab: Slab) -> None:
+        with self._lock:
+            is_late = self._closed.is_set()
+            if not is_late:
+                self._free.append(slab)
+        if is_late:
             slab.close()
 
     def _take_one(self, left: int, slots: int) -> Slab:
