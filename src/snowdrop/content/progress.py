@@ -221,9 +221,10 @@ class ProgressReader:
                 return
             self._is_closed = True
             self._turn.notify_all()
-            self._turn.wait_for(lambda: not self._is_receiving, timeout=4 * POLL_S_MAX)
-            self._wake.close()
-            self._map.close()
+            # A thread that listens closes the socket when it comes back: its number must not go to another file
+            # meanwhile. The map is not closed by hand either, as a wait may just begin: it goes with the reader.
+            if not self._is_receiving:
+                self._wake.close()
 
     def _first(self, offset: int) -> int:
         return max(0, bisect_right(self._starts, offset) - 1)
@@ -285,6 +286,8 @@ class ProgressReader:
         finally:
             self._turn.acquire()
             self._is_receiving = False
+            if self._is_closed:
+                self._wake.close()
             self._turn.notify_all()
 
     def _drain(self) -> None:
