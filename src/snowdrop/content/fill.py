@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import count
 
 from snowdrop.content.area import Area
@@ -257,9 +257,7 @@ class Fill:
 
     def carry(self, run: Run, scratch: Callable[[int], memoryview]) -> Outcome:
         """Reads and verifies a run, and puts what is right into its places."""
-        if run.area is None:
-            return self._carry(run, scratch)
-        with run.area.use():
+        with run.area.use() if run.area is not None else nullcontext():
             return self._carry(run, scratch)
 
     def _carry(self, run: Run, scratch: Callable[[int], memoryview]) -> Outcome:
@@ -317,14 +315,16 @@ class Fill:
         self._origin_bytes += run.length if run.source.tier == "origin" else 0
         self._in_flight[run.first : run.first + run.count] = bytes(run.count)
         bad = set(outcome.bad)
-        for chunk in range(run.first, run.first + run.count):
-            if chunk not in bad:
-                self._credit(run, chunk)
-                self._tell(chunk)
+        good = [chunk for chunk in range(run.first, run.first + run.count) if chunk not in bad]
+        for chunk in good:
+            self._credit(run, chunk)
+            self._tell(chunk)
         if outcome.landing_error is not None:
-            self._fail_landing(set(range(run.first, run.first + run.count)) - bad, outcome.landing_error)
+            self._fail_landing(set(good), outcome.landing_error)
         if bad:
             self._try_again(run, sorted(bad), outcome.error)
+        # The order has passed them while they were under way, but somebody wants them in another place since.
+        self._order.want((at for at in good if self._landing_goal[at] or self._needs_area(at)), URGENT)
         self._settle_area()
 
     def _try_again(self, run: Run, bad: list[int], error: SnowdropError | None) -> None:
