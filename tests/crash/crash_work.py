@@ -236,7 +236,7 @@ class Work:
     def copy_from_siblings(self, index: int) -> None:
         landing, model = self.landing(index), self.models[index]
         for chunk, ref in enumerate(model.manifest.chunks):
-            found = self.disk.find_chunk(PUBLIC_DOMAIN, ref.digest)
+            found = self.disk.find_chunk(PUBLIC_DOMAIN, ref)
             if found is not None and found[0] is not landing:
                 data = memoryview(bytearray(ref.plain_bytes))
                 found[0].read(found[1], 1, data)

@@ -1,6 +1,7 @@
 import secrets
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from content_helpers import push, write_model
@@ -57,16 +58,17 @@ def test_a_chunk_is_found_wherever_it_lies_also_after_a_restart(tmp_path: Path, 
     digest, manifest = landed(disk, origin, write_model(tmp_path / "m"))
     for boot in ("a boot", "another"):
         for ref in manifest.chunks:
-            found = disk.find_chunk(PUBLIC_DOMAIN, ref.digest)
+            found = disk.find_chunk(PUBLIC_DOMAIN, ref)
             assert found is not None
             landing, chunk = found
             assert landing.manifest.chunks[chunk].digest == ref.digest
             assert landing.holds(chunk)
         disk.close()
         disk = opened(tmp_path / "cache", boot)
-    assert disk.find_chunk(PUBLIC_DOMAIN, "0" * 64) is None
+    other = msgspec.structs.replace(manifest.chunks[0], digest="0" * 64)
+    assert disk.find_chunk(PUBLIC_DOMAIN, other) is None
     disk.evict(digest)
-    assert disk.find_chunk(PUBLIC_DOMAIN, manifest.chunks[0].digest) is None
+    assert disk.find_chunk(PUBLIC_DOMAIN, manifest.chunks[0]) is None
     disk.close()
 
 
@@ -76,8 +78,8 @@ def test_a_chunk_that_is_not_there_yet_or_no_longer_right_is_not_found(
     disk = opened(tmp_path / "cache")
     digest, manifest = landed(disk, origin, write_model(tmp_path / "m"))
     disk.open_landing(digest, manifest).quarantine(0)
-    assert disk.find_chunk(PUBLIC_DOMAIN, manifest.chunks[0].digest) is None
-    assert disk.find_chunk(PUBLIC_DOMAIN, manifest.chunks[1].digest) is not None
+    assert disk.find_chunk(PUBLIC_DOMAIN, manifest.chunks[0]) is None
+    assert disk.find_chunk(PUBLIC_DOMAIN, manifest.chunks[1]) is not None
     disk.close()
 
 
@@ -86,8 +88,8 @@ def test_domains_never_mix(tmp_path: Path, origin: MemoryOrigin) -> None:
     disk = opened(tmp_path / "cache")
     _, manifest = landed(disk, origin, write_model(tmp_path / "m"))
     private = key_domain(secrets.token_bytes(32))
-    assert disk.find_chunk(PUBLIC_DOMAIN, manifest.chunks[0].digest) is not None
-    assert disk.find_chunk(private, manifest.chunks[0].digest) is None
+    assert disk.find_chunk(PUBLIC_DOMAIN, manifest.chunks[0]) is not None
+    assert disk.find_chunk(private, manifest.chunks[0]) is None
     disk.close()
 
 

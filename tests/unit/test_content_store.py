@@ -11,7 +11,10 @@ import pytest
 from content_helpers import CountingOrigin, FullDisk, noise, push, safetensors_bytes, settings_for, write_model
 from snowdrop.content.disk import DiskTier
 from snowdrop.content.diskio import DiskIo
+from snowdrop.content.layout import PUBLIC_DOMAIN, manifest_key
+from snowdrop.content.manifest import decode_manifest, encode_manifest, manifest_digest
 from snowdrop.content.progress import ProgressReader
+from snowdrop.content.siblings import AreaSiblings
 from snowdrop.content.store import ContentStore, Landed, open_store
 from snowdrop.domain.errors import (
     ConflictError,
@@ -431,6 +434,48 @@ async def test_wrong_bytes_of_another_artefact_are_not_taken_over(tmp_path: Path
         landed = await ensure(store, second)
         assert area_bytes(landed, "model.safetensors") == (tune / "model.safetensors").read_bytes()
         assert 3 << 20 <= landed.content.origin < 4 << 20, "the damaged chunk and the own one"
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["in memory", "on disk"])
+async def test_a_manifest_that_claims_another_size_for_a_chunk_harms_nobody_who_has_it(
+    tmp_path: Path, origin: CountingOrigin, resident: bool
+) -> None:
+    base, _, _ = write_base_and_tune(tmp_path)
+    first, second = (push(each, origin).artefact.manifest for each in (base, write_model(tmp_path / "m")))
+    manifests = [decode_manifest(origin.objects[manifest_key(PUBLIC_DOMAIN, each)]) for each in (first, second)]
+    wanted = next(chunk for chunk in manifests[0].chunks if chunk.plain_bytes == 2 << 20)
+    forged = msgspec.structs.replace(
+        manifests[1],
+        chunks=tuple(
+            msgspec.structs.replace(chunk, digest=wanted.digest) if chunk.plain_bytes == 300 << 10 else chunk
+            for chunk in manifests[1].chunks
+        ),
+    )
+    data = encode_manifest(forged)
+    third = manifest_digest(data)
+    origin.objects[manifest_key(PUBLIC_DOMAIN, third)] = data
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        landed = await ensure(store, first, "base", map_tensors=resident)
+        await store.wait_directory(first)
+        with anyio.fail_after(WAIT_S_MAX), pytest.raises(IntegrityError):
+            await ensure(store, third, "forged")
+        assert_tree(landed, base)
+
+
+async def test_a_bug_in_a_source_is_met_once_and_the_next_one_is_asked(
+    tmp_path: Path, origin: CountingOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(source: AreaSiblings, first: int, count: int, into: memoryview) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(AreaSiblings, "read", broken)
+    base, tune, _ = write_base_and_tune(tmp_path)
+    first, second = (push(each, origin).artefact.manifest for each in (base, tune))
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        await ensure(store, first, "base")
+        with anyio.fail_after(WAIT_S_MAX):
+            landed = await ensure(store, second, "tune")
+        assert area_bytes(landed, "model.safetensors") == (tune / "model.safetensors").read_bytes()
 
 
 async def test_a_redeploy_of_code_and_a_second_replica_take_no_byte_of_the_model(

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from snowdrop.content.mapping import memory_at
-from snowdrop.content.placement import AreaLayout
+from snowdrop.content.placement import AreaLayout, name_of
 from snowdrop.content.progress import FillState, ProgressWriter
 from snowdrop.content.slabs import Slab, SlabPool, no_memory
 from snowdrop.content.source import Tier
 from snowdrop.domain.errors import ConflictError, ErrorBody
 from snowdrop.domain.ids import Digest
-from snowdrop.domain.manifest import Manifest
+from snowdrop.domain.manifest import ChunkRef, Manifest
 from snowdrop.policy.eviction import Kept, choose
 
 
@@ -49,16 +49,16 @@ class Area:
             pool.give_back(self.slabs)
             raise
         self._view = memory_at(self.slabs[0].address, layout.size) if self.slabs else memoryview(bytearray())
-        self._index = {manifest.chunks[chunk].digest: chunk for chunk in layout.whole}
+        self._index = {name_of(manifest.chunks[chunk]): chunk for chunk in layout.whole}
         self._lock = threading.Lock()
         self._users = 0
         self._is_closed = False
 
-    def find(self, key_domain: str, digest: str) -> int | None:
-        """The number of the chunk of that name, if the area has a place for all of it."""
+    def find(self, key_domain: str, wanted: ChunkRef) -> int | None:
+        """The number that another artefact's chunk has here, if the area has a place for all of it."""
         if key_domain != self._manifest.key_domain:
             return None
-        return self._index.get(digest)
+        return self._index.get(name_of(wanted))
 
     @property
     def slab_bytes(self) -> int:

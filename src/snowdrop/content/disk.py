@@ -23,9 +23,10 @@ from snowdrop.content.events import ContentEvent, EventKind, EventLog, SeenBy
 from snowdrop.content.keys import PUBLIC_KEYRING, Hasher, HasherSource
 from snowdrop.content.landing import Landing
 from snowdrop.content.manifest import decode_manifest, manifest_digest
+from snowdrop.content.placement import name_of
 from snowdrop.domain.errors import ConflictError, SnowdropError, StorageFullError
 from snowdrop.domain.ids import Digest, fresh_id
-from snowdrop.domain.manifest import Manifest
+from snowdrop.domain.manifest import ChunkRef, Manifest
 from snowdrop.policy.eviction import Kept, choose
 
 LOCK_S_MAX = 5.0
@@ -36,14 +37,20 @@ PREFIX = "blake3:"
 
 
 class ChunkIndex:
-    """Which chunks an artefact has, by digest."""
+    """Which chunks an artefact has, by digest and size."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._key_domain = manifest.key_domain
-        self._chunks = {bytes.fromhex(chunk.digest): index for index, chunk in enumerate(manifest.chunks)}
+        self._chunks = {_short_name(chunk): index for index, chunk in enumerate(manifest.chunks)}
 
-    def find(self, key_domain: str, digest: str) -> int | None:
-        return self._chunks.get(bytes.fromhex(digest)) if key_domain == self._key_domain else None
+    def find(self, key_domain: str, wanted: ChunkRef) -> int | None:
+        """The number that another artefact's chunk has here."""
+        return self._chunks.get(_short_name(wanted)) if key_domain == self._key_domain else None
+
+
+def _short_name(chunk: ChunkRef) -> tuple[bytes, int]:
+    digest, size = name_of(chunk)
+    return bytes.fromhex(digest), size
 
 
 class _Kept(NamedTuple):
@@ -237,14 +244,14 @@ class DiskTier:
             self._io.create(path, 0, 0o600)
             self._io.touch(path)
 
-    def find_chunk(self, key_domain: str, digest: str) -> tuple[Landing, int] | None:
-        """A landing directory that claims a chunk of that key domain, and the chunk's number there. Blocks.
+    def find_chunk(self, key_domain: str, wanted: ChunkRef) -> tuple[Landing, int] | None:
+        """A landing directory that claims this chunk of another artefact, and its number there. Blocks.
 
         The bytes are to be verified like those of any source. Domains never mix: a private one's ids are keyed.
         """
         self._load_index()
         for name, index in list(self._index.items()):
-            chunk = index.find(key_domain, digest)
+            chunk = index.find(key_domain, wanted)
             if chunk is None:
                 continue
             try:

@@ -115,6 +115,7 @@ class FetchEngine:
             outcome = fill.carry(run, memory.take)
         except Exception as error:  # noqa: BLE001 -- a bug met by one run must not end the thread for all
             outcome = Outcome(list(range(run.first, run.first + run.count)), _unforeseen(error))
+            fill.set_aside(run, outcome.bad)  # or it would be asked for the same again, without end
         finally:
             CANCEL_FLAG.reset(token)
         with self.lock:

@@ -261,21 +261,15 @@ class Fill:
             return self._carry(run, scratch)
 
     def _carry(self, run: Run, scratch: Callable[[int], memoryview]) -> Outcome:
-        in_place = run.area is not None and run.area_offset >= 0
-        if run.area is not None and in_place:
-            view = run.area.window(run.area_offset, run.length)
-        else:
-            view = scratch(run.length)
+        in_place = run.area_offset >= 0
+        found = run.area.window(run.area_offset, run.length) if run.area is not None and in_place else None
+        view = scratch(run.length) if found is None else found
         try:
             run.source.read(run.first, run.count, view)
             outcome = Outcome(self.find_bad(run.first, run.count, view))
         except SnowdropError as error:
             outcome = Outcome(list(range(run.first, run.first + run.count)), error)
-        if run.source is not self.last:
-            for chunk in outcome.bad:
-                # A disk that cannot even note it is asked again by nobody: the next source is.
-                with suppress(SnowdropError):
-                    run.source.quarantine(chunk)
+        self.set_aside(run, outcome.bad)
         done = 0
         for chunk in range(run.first, run.first + run.count):
             size = self.manifest.chunks[chunk].plain_bytes
@@ -284,6 +278,12 @@ class Fill:
                 self._deliver(run, chunk, view[done : done + size], lies_at, outcome)
             done += size
         return outcome
+
+    def set_aside(self, run: Run, bad: list[int]) -> None:
+        """The run's source is not asked for these any more; the last one may be."""
+        for chunk in bad if run.source is not self.last else ():
+            with suppress(SnowdropError):  # a disk that cannot even note it
+                run.source.quarantine(chunk)
 
     def _deliver(self, run: Run, chunk: int, data: memoryview, lies_at: int, outcome: Outcome) -> None:
         if run.area is not None:

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from snowdrop.domain.manifest import Extent, Manifest
+from snowdrop.domain.manifest import ChunkRef, Extent, Manifest
 from snowdrop.wire.replica import AreaFile
 
 AREA_ALIGNMENT = 4096
@@ -38,6 +38,14 @@ def file_places(manifest: Manifest) -> list[list[FilePlace]]:
         for extent in entry.extents:
             places[extent.chunk].append(FilePlace(index, extent.file_offset, extent.chunk_offset, extent.length))
     return places
+
+
+def name_of(chunk: ChunkRef) -> tuple[str, int]:
+    """What two artefacts must agree in for a chunk to be the same.
+
+    The size as well: a manifest may claim any for bytes that it does not have, and is not to be believed.
+    """
+    return chunk.digest, chunk.plain_bytes
 
 
 def stretch_chunks(extents: Sequence[Extent], offset: int, length: int) -> list[int]:

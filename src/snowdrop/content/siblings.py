@@ -47,9 +47,9 @@ class AreaSiblings:
         self._bad.add(chunk)
 
     def _find(self, chunk: int) -> tuple[Area, int] | None:
-        digest = self._manifest.chunks[chunk].digest
+        wanted = self._manifest.chunks[chunk]
         for area in self._areas():
-            index = area.find(self._manifest.key_domain, digest)
+            index = area.find(self._manifest.key_domain, wanted)
             if index is not None and area.holds(index):
                 return area, index
         return None
@@ -69,7 +69,7 @@ class DiskSiblings:
     def look(self, disk: DiskTier, chunks: Iterable[int], own: Landing) -> None:
         """Blocks."""
         for chunk in chunks:
-            found = disk.find_chunk(self._manifest.key_domain, self._manifest.chunks[chunk].digest)
+            found = disk.find_chunk(self._manifest.key_domain, self._manifest.chunks[chunk])
             if found is not None and found[0] is not own:
                 self._found[chunk] = found
 
@@ -134,10 +134,10 @@ class EarlierFills:
         return free
 
     def _is_coming(self, chunk: int) -> bool:
-        name = self._own.manifest.chunks[chunk]
+        wanted = self._own.manifest.chunks[chunk]
         for fill in self._others:
             if fill.turn < self._own.turn and fill.area is not None:
-                index = fill.area.find(fill.manifest.key_domain, name.digest)
+                index = fill.area.find(fill.manifest.key_domain, wanted)
                 if index is not None and fill.will_bring(index):
                     return True
         return False
