@@ -15,6 +15,7 @@ from snowdrop.content.layout import PUBLIC_DOMAIN, manifest_key
 from snowdrop.content.manifest import decode_manifest, encode_manifest, manifest_digest
 from snowdrop.content.progress import ProgressReader
 from snowdrop.content.siblings import AreaSiblings
+from snowdrop.content.slabs import SlabPool
 from snowdrop.content.store import ContentStore, Landed, open_store
 from snowdrop.domain.errors import (
     ConflictError,
@@ -476,6 +477,22 @@ async def test_a_bug_in_a_source_is_met_once_and_the_next_one_is_asked(
         with anyio.fail_after(WAIT_S_MAX):
             landed = await ensure(store, second, "tune")
         assert area_bytes(landed, "model.safetensors") == (tune / "model.safetensors").read_bytes()
+
+
+async def test_a_pool_that_cannot_grow_ends_no_load(
+    tmp_path: Path, source: Path, origin: CountingOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = threading.Event()
+
+    def no_memory(pool: SlabPool, size: int) -> None:
+        tried.set()
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(SlabPool, "grow", no_memory)
+    digest = push(source, origin).artefact.manifest
+    async with open_store(settings_for(tmp_path / "cache", pool_bytes=2 << 20), origin=origin) as store:
+        assert await anyio.to_thread.run_sync(tried.wait, WAIT_S_MAX)
+        assert area_bytes(await ensure(store, digest), "model.safetensors")
 
 
 async def test_a_redeploy_of_code_and_a_second_replica_take_no_byte_of_the_model(

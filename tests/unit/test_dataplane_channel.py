@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import socket
@@ -18,7 +19,13 @@ from snowdrop.content.mapping import map_slabs
 from snowdrop.content.origin import DirectoryOrigin
 from snowdrop.content.progress import ProgressReader
 from snowdrop.content.store import ContentStore, open_store
-from snowdrop.domain.errors import IntegrityError, NotFoundError, PlatformDownError, StorageFullError
+from snowdrop.domain.errors import (
+    IntegrityError,
+    NotFoundError,
+    PlatformDownError,
+    StorageFullError,
+    UnavailableError,
+)
 from snowdrop.domain.ids import DEFAULT_TENANT, Digest
 from snowdrop.wire.packet import packet_pair
 
@@ -90,6 +97,42 @@ async def test_errors_keep_their_type_across_the_channel(tmp_path: Path) -> None
         assert caught.value.next_step
         with pytest.raises(NotFoundError):
             await plane.wait_directory(NOTHING)
+
+
+@pytest.mark.parametrize("failing", ["dup", "memfd_create", "socketpair"])
+async def test_a_system_that_gives_no_descriptors_fails_that_request_and_no_other(
+    tmp_path: Path, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, origin = write_model(tmp_path / "m"), CountingOrigin()
+    digest = push(source, origin).artefact.manifest
+
+    def no_more(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with open_store(settings_for(tmp_path / "c"), origin=origin) as store, connected(store) as plane:
+        with monkeypatch.context() as scarce:
+            scarce.setattr(socket if failing == "socketpair" else os, failing, no_more)
+            with pytest.raises(UnavailableError, match="Too many open files") as caught:
+                await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
+        assert "ulimit" in caught.value.next_step
+
+        got = await plane.ensure(DEFAULT_TENANT, digest, "h", map_tensors=True)
+        await plane.wait_filled(digest, "h")
+        got.close()
+
+
+async def test_a_data_plane_that_talks_nonsense_is_given_up() -> None:
+    ours, theirs = packet_pair()
+    plane = DataPlane(ours)
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(plane.run)
+        theirs.send(b"\xff garbage")
+        with pytest.raises(PlatformDownError):
+            await plane.wait_directory(NOTHING)
+    theirs.setblocking(False)
+    while theirs.recv(1000):
+        pass  # what was asked before; then the end
+    theirs.close()
 
 
 async def test_what_a_holder_has_stays_until_it_releases_or_its_channel_closes(tmp_path: Path) -> None:

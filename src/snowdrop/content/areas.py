@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import anyio
 import anyio.to_thread
+import msgspec
 
 from snowdrop.content.area import Area, RamTier
 from snowdrop.content.artefact import Artefact
 from snowdrop.content.fetch import FetchEngine
+from snowdrop.domain.errors import SnowdropError
 from snowdrop.domain.ids import Digest
 from snowdrop.policy.pool import PoolDecision, decide
 
 POOL_TICK_S = 0.5
+
+log = logging.getLogger("snowdrop.content")
 
 IsHeld = Callable[[Digest], bool]
 """Whether somebody uses an artefact, so that its area must stay."""
@@ -114,7 +119,12 @@ class Areas:
         )
         decision = decide(state)
         if decision.change_bytes > 0:
-            pool.grow(decision.change_bytes)
+            try:
+                pool.grow(decision.change_bytes)
+            except (OSError, SnowdropError) as error:
+                # Areas are made without it; it is tried again at the next tick.
+                log.warning("the pool of slabs cannot grow: %s", error)
+                return msgspec.structs.replace(decision, change_bytes=0)
         elif decision.change_bytes < 0:
             pool.shrink(-decision.change_bytes)
         return decision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import socket
@@ -38,6 +39,9 @@ from snowdrop.wire.replica import AreaFile
 
 SEND_S_MAX = 10.0
 """A data plane that takes no message for so long is treated as gone."""
+
+log = logging.getLogger("snowdrop.agent")
+
 Answer = TypeVar("Answer", bound=Message)
 
 
@@ -101,6 +105,9 @@ class DataPlane:
                 self._settle(message, fds)
         except (EOFError, anyio.ClosedResourceError):
             return
+        except ProtocolError as error:
+            # It hears of it by the end of its channel, and ends.
+            log.error("the data plane is given up: %s", error)
         finally:
             self._is_down = True
             for pending in self._pending.values():

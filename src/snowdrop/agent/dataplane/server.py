@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from pathlib import Path
@@ -34,6 +35,8 @@ from snowdrop.wire.upkeep import ToUpkeep
 
 REQUESTS_MAX = 256
 """Under way at once; more are refused. They wait for threads, which are far fewer."""
+
+log = logging.getLogger("snowdrop.content")
 
 
 async def serve(sock: socket.socket, settings: DataPlaneSettings) -> None:
@@ -122,8 +125,8 @@ class _Session:
                     else:
                         await self._store.wait_directory(message.manifest)
                         await self._send(Completed(request=message.request))
-                except SnowdropError as error:
-                    await self._send(Refused(request=message.request, error=error.body()))
+                except Exception as error:  # noqa: BLE001 -- what one request meets must not end the loads of all
+                    await self._send(Refused(request=message.request, error=_refusal(error).body()))
         finally:
             del self._scopes[message.request]
 
@@ -131,8 +134,8 @@ class _Session:
         try:
             await mounts.serve(message.manifest, fds)
             await self._send(Completed(request=message.request))
-        except SnowdropError as error:
-            await self._send(Refused(request=message.request, error=error.body()))
+        except Exception as error:  # noqa: BLE001 -- as above
+            await self._send(Refused(request=message.request, error=_refusal(error).body()))
 
     async def _ensure(self, message: Ensure) -> None:
         landed = await self._store.ensure(
@@ -151,7 +154,8 @@ class _Session:
         try:
             if area is not None and landed.wake is not None:
                 sources = (*(slab.fd for slab in area.slabs), area.progress.fileno(), landed.wake.fileno())
-                fds += [os.dup(fd) for fd in sources]
+                # One by one: those that were made before one fails are closed, too.
+                fds.extend(os.dup(fd) for fd in sources)
             await self._send(
                 Ensured(
                     request=message.request,
@@ -181,6 +185,23 @@ class _Session:
             except ConnectionError:
                 # The agent is gone; the reader finds the end of the channel and ends the session.
                 return
+
+
+def _refusal(error: Exception) -> SnowdropError:
+    if isinstance(error, SnowdropError):
+        return error
+    log.error("a request failed in an unforeseen way", exc_info=error)
+    if isinstance(error, OSError):
+        return UnavailableError(
+            f"the node's system does not let its data plane go on: {error.strerror or error}",
+            where="data plane",
+            next_step="raise the limit that it names (open files: `ulimit -Hn`), or scale another deployment down",
+        )
+    return SnowdropError(
+        f"internal error of the data plane: {type(error).__name__}: {error}",
+        where="data plane",
+        next_step="please report it with the agent's log",
+    )
 
 
 def _too_many(request: int) -> Refused:
