@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from content_helpers import CountingOrigin, files_of, noise, rebuilt, safetensors_bytes, write_model
-from snowdrop.content.ingest import IngestIndex, PushOptions, PushProgress, PushResult, push_source
+from snowdrop.content.ingest import IngestIndex, PushOptions, PushProgress, PushResult, push_code, push_source
 from snowdrop.content.ingest.directory import DirectorySource
 from snowdrop.content.ingest.index import Progress
 from snowdrop.content.ingest.packs import Packer
@@ -22,6 +22,7 @@ from snowdrop.content.layout import manifest_key
 from snowdrop.content.manifest import decode_manifest
 from snowdrop.content.origin import DirectoryOrigin, MemoryOrigin, Origin
 from snowdrop.domain.errors import IntegrityError, InvalidInputError, NotFoundError, UnavailableError
+from snowdrop.domain.ids import DEFAULT_TENANT
 
 PLAIN = PushOptions()
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
@@ -451,6 +452,11 @@ def test_a_manifest_that_the_lease_hides_is_put_again(tmp_path: Path, index: Ing
         def exists(self, key: str) -> bool:
             return key != condemned and super().exists(key)
 
+        def size(self, key: str) -> int:
+            if key == condemned:
+                raise NotFoundError("condemned", where=key)
+            return super().size(key)
+
         def put(self, key: str, data: bytes | memoryview) -> None:
             put.append(key)
             super().put(key, data)
@@ -459,3 +465,59 @@ def test_a_manifest_that_the_lease_hides_is_put_again(tmp_path: Path, index: Ing
     leased.objects = origin.objects
     assert push(source, leased, index).artefact == artefact
     assert put == [condemned]
+
+
+def damaged(data: bytes, kind: str) -> bytes:
+    return data[:-1] if kind == "short" else bytes([data[0] ^ 1]) + data[1:]
+
+
+@pytest.mark.parametrize("kind", ["short", "flipped"])
+def test_a_damaged_manifest_is_put_again(tmp_path: Path, index: IngestIndex, kind: str) -> None:
+    source, origin = write_model(tmp_path / "m"), MemoryOrigin()
+    first = push(source, origin, index)
+    right = dict(origin.objects)
+    key = manifest_key("public", first.artefact.manifest)
+    origin.objects[key] = damaged(origin.objects[key], kind)
+    for _ in range(2):
+        assert push(source, origin, index).artefact == first.artefact
+        assert origin.objects == right
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("short", PLAIN), ("short", PushOptions(repair=True)), ("flipped", PushOptions(repair=True))],
+)
+def test_a_damaged_pack_is_put_again(tmp_path: Path, index: IngestIndex, kind: str, options: PushOptions) -> None:
+    source, origin = shards(tmp_path / "m", 2), CountingOrigin()
+    first = push(source, origin, index)
+    right = dict(origin.objects)
+    for key in origin.packs():
+        origin.objects[key] = damaged(origin.objects[key], kind)
+    second = push(source, origin, index, options)
+    assert second.artefact == first.artefact
+    assert second.new_bytes == sum(len(data) for key, data in right.items() if "/packs/" in key)
+    assert origin.objects == right
+    assert push(source, origin, index, options).new_bytes == 0
+
+
+def test_a_damaged_pack_that_is_cut_otherwise_now_is_not_named_again(tmp_path: Path, index: IngestIndex) -> None:
+    """The chunks of a tree lie in another pack, too: its old manifest with a damaged pack must not be taken."""
+    whole, half, origin = shards(tmp_path / "whole", 2), shards(tmp_path / "half", 1), CountingOrigin()
+    push(half, origin, index)
+    first = push(whole, origin, index)
+    damage = min(origin.packs(), key=lambda key: len(origin.objects[key]))
+    origin.objects[damage] = damaged(origin.objects[damage], "flipped")
+    second = push(whole, origin, index, PushOptions(repair=True))
+    assert rebuilt(origin, second.artefact) == files_of(whole)
+    assert second.artefact.total_bytes == first.artefact.total_bytes
+
+
+def test_code_is_put_right_by_deploying_it_again(tmp_path: Path) -> None:
+    source, origin = tmp_path / "code", CountingOrigin()
+    source.mkdir()
+    (source / "service.py").write_text("x = 1\n")
+    artefact = push_code(source, origin, tenant=DEFAULT_TENANT).artefact
+    for key in origin.objects:
+        origin.objects[key] = damaged(origin.objects[key], "flipped")
+    assert push_code(source, origin, tenant=DEFAULT_TENANT).artefact == artefact
+    assert rebuilt(origin, artefact) == files_of(source)

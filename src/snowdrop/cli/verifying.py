@@ -98,6 +98,11 @@ def print_result(result: Verification) -> None:
             console.print(f"    {problem.where}", style="dim", soft_wrap=True)
         if len(found.problems) > SHOWN_MAX:
             console.print(f"  and {len(found.problems) - SHOWN_MAX} more; --json has them")
+        if found.problems:
+            console.print(
+                "  next: `snowdrop model push NAME SOURCE --repair` puts it right; code: deploy it again",
+                soft_wrap=True,
+            )
         for text in found.skipped:
             console.print(f"  not judged: {text}", style="yellow")
     console.print("all right" if result.ok else "some content is wrong")

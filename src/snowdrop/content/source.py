@@ -122,5 +122,5 @@ def wrong_chunk(manifest: Manifest, chunk: int) -> IntegrityError:
     return IntegrityError(
         f"chunk {chunk} of {path} is wrong at the origin",
         where=f"chunk {ref.digest[:16]}, pack {key}, {ref.stored_bytes} bytes at {ref.pack_offset}",
-        next_step="delete that pack at the origin and push the artefact again",
+        next_step="`snowdrop model push NAME SOURCE --repair` (code: deploy it again) puts right bytes there",
     )

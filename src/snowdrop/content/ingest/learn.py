@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from snowdrop.content.ingest.index import IngestIndex, Known, Place
 from snowdrop.content.keys import Hasher
-from snowdrop.content.layout import manifest_key, manifest_prefix, pack_key
+from snowdrop.content.layout import manifest_key, manifest_prefix
 from snowdrop.content.manifest import decode_manifest
 from snowdrop.content.origin import Origin
 from snowdrop.domain.errors import CorruptContentError, IntegrityError, InvalidInputError, NotFoundError
@@ -54,15 +54,19 @@ def read_manifest(origin: Origin, digest: Digest, hasher: Hasher) -> Manifest | 
 
 
 def same_tree(
-    index: IngestIndex, origin: Origin, hasher: Hasher, kind: TreeKind, files: Iterable[FileEntry]
+    index: IngestIndex,
+    origin: Origin,
+    hasher: Hasher,
+    kind: TreeKind,
+    files: Iterable[FileEntry],
+    *,
+    has_pack: Callable[[str, int], bool],
 ) -> tuple[Digest, Manifest] | None:
     """A manifest of this very tree, there with all its packs: pushing a tree again changes nothing."""
     for digest in index.trees(tree_digest(kind, files)):
         if origin.exists(manifest_key(hasher.domain, digest)):
             manifest = read_manifest(origin, digest, hasher)
-            if manifest is not None and all(
-                origin.exists(pack_key(hasher.domain, pack.digest)) for pack in manifest.packs
-            ):
+            if manifest is not None and all(has_pack(pack.digest, pack.size) for pack in manifest.packs):
                 return digest, manifest
     return None
 

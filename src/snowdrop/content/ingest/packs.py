@@ -15,12 +15,15 @@ from snowdrop.content.ingest.index import IngestIndex, Known, Place, Progress
 from snowdrop.content.keys import Hasher
 from snowdrop.content.layout import pack_key
 from snowdrop.content.origin import Origin
+from snowdrop.domain.errors import IntegrityError, NotFoundError
 from snowdrop.domain.manifest import PACK_BYTES_MAX, ChunkRef, Codec, PackRef
 
 PUTS_MAX = 3
 """Packs on their way to the origin; one more is being filled. Each takes PACK_BYTES_MAX of memory."""
 COMMIT_BYTES = 256 << 20
 """Progress is remembered at least this often, also when every chunk was there already."""
+
+COMPARE_BYTES = 4 << 20
 
 FileProgress = tuple[str, str, Progress]
 """(path, version, progress) as IngestIndex.commit takes it."""
@@ -37,7 +40,10 @@ class _Put(NamedTuple):
 
 
 class Packer:
-    """`durable` gives the progress of the files so far, each time that it is to be remembered."""
+    """`durable` gives the progress of the files so far, each time that it is to be remembered.
+
+    What the origin has counts as there if it has the right size; with `repair` only if its bytes are right, too.
+    """
 
     def __init__(
         self,
@@ -48,6 +54,7 @@ class Packer:
         index: IngestIndex | None,
         source: str,
         durable: Callable[[], tuple[FileProgress, ...]],
+        repair: bool = False,
     ) -> None:
         self.new_bytes = 0
         self.new_plain_bytes = 0
@@ -57,6 +64,7 @@ class Packer:
         self._index = index
         self._source = source
         self._durable = durable
+        self._repair = repair
         self._chunks: list[ChunkRef] = []
         self._packs: list[PackRef | None] = []
         self._by_digest: dict[str, int] = {}
@@ -117,6 +125,13 @@ class Packer:
         self._current, self._filled = [], 0
         self._follow(_Put(self._pack, stored, size, current, self._durable()))
 
+    def has_pack(self, digest: str, size: int) -> bool:
+        """Whether the origin has it; asked once in a push, whose lease keeps it from then on."""
+        if digest not in self._present:
+            is_there = stored_right(self._origin, self._hasher, digest, size, check_bytes=self._repair)
+            self._present[digest] = size if is_there else 0
+        return self._present[digest] > 0
+
     def finish(self) -> tuple[tuple[ChunkRef, ...], tuple[PackRef, ...]]:
         """Waits until everything is durable and remembered; the chunks and packs of the manifest."""
         self.flush()
@@ -140,14 +155,14 @@ class Packer:
         return len(self._packs) - 1
 
     def _is_present(self, pack: str) -> bool:
-        """Whether the origin has the pack now; asked once in a push, whose lease keeps it from then on."""
+        """As `has_pack`, of a pack in the index, which forgets one that is not there."""
         assert self._index is not None
         if pack not in self._present:
             size = self._index.pack_bytes(pack) or 0
-            if size and not self._origin.exists(pack_key(self._hasher.domain, pack)):
+            if not size:
+                self._present[pack] = 0
+            elif not self.has_pack(pack, size):
                 self._index.forget_pack(pack)
-                size = 0
-            self._present[pack] = size
         return self._present[pack] > 0
 
     def _put(self, buffer: bytearray, size: int) -> tuple[str, bool]:
@@ -155,7 +170,7 @@ class Packer:
             with memoryview(buffer) as whole, whole[:size] as view:
                 digest = self._hasher.hexdigest(view)
                 key = pack_key(self._hasher.domain, digest)
-                is_new = not self._origin.exists(key)
+                is_new = not stored_as(self._origin, key, view, check_bytes=self._repair)
                 if is_new:
                     self._origin.put(key, view)
             return digest, is_new
@@ -180,6 +195,7 @@ class Packer:
         if put.stored is not None:
             digest, is_new = put.stored.result()
             self._packs[put.pack] = PackRef(digest, put.size)
+            self._present[digest] = put.size
             if is_new:
                 self.new_bytes += put.size
                 self.new_plain_bytes += sum(self._chunks[at].plain_bytes for at in put.chunks)
@@ -207,3 +223,35 @@ class Packer:
             for c in self._chunks
         ]
         return tuple(chunks), tuple(merged)
+
+
+def stored_right(origin: Origin, hasher: Hasher, digest: str, size: int, *, check_bytes: bool) -> bool:
+    """Whether the origin has a pack in its size, and with `check_bytes` the bytes that its name says."""
+    key = pack_key(hasher.domain, digest)
+    try:
+        if origin.size(key) != size:
+            return False
+        if not check_bytes:
+            return True
+        data = memoryview(bytearray(size))
+        origin.read_range(key, 0, data)
+    except (NotFoundError, IntegrityError):
+        return False
+    return hasher.hexdigest(data) == digest
+
+
+def stored_as(origin: Origin, key: str, data: bytes | memoryview, *, check_bytes: bool) -> bool:
+    """Whether the origin has an object as long as `data`, and with `check_bytes` equal to it."""
+    try:
+        if origin.size(key) != len(data):
+            return False
+        if check_bytes:
+            piece = memoryview(bytearray(min(COMPARE_BYTES, len(data))))
+            for start in range(0, len(data), COMPARE_BYTES):
+                part = piece[: min(COMPARE_BYTES, len(data) - start)]
+                origin.read_range(key, start, part)
+                if part != data[start : start + len(part)]:
+                    return False
+    except (NotFoundError, IntegrityError):
+        return False
+    return True

@@ -119,7 +119,7 @@ class PrefixSource:
             raise NotFoundError(
                 f"a web server cannot be listed, and there is no {SUMS_FILE} here",
                 where=self.name,
-                next_step=f"run `sha256sum *  > {SUMS_FILE}` beside the files, or name one file",
+                next_step=f"run `sha256sum * > {SUMS_FILE}` beside the files, or name one file",
             ) from error
         if meta["size"] > SUMS_BYTES_MAX:
             raise InvalidInputError(f"{SUMS_FILE} is too long", where=f"sums_bytes_max={SUMS_BYTES_MAX}")

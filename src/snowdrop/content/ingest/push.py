@@ -19,7 +19,7 @@ from snowdrop.content.cut import is_tensor_file
 from snowdrop.content.ingest.directory import DirectorySource
 from snowdrop.content.ingest.index import IngestIndex
 from snowdrop.content.ingest.learn import learn, same_tree
-from snowdrop.content.ingest.packs import PUTS_MAX, Packer
+from snowdrop.content.ingest.packs import PUTS_MAX, Packer, stored_as
 from snowdrop.content.ingest.read import Compress, SpanReader
 from snowdrop.content.ingest.source import Source, SourceFile
 from snowdrop.content.ingest.walk import Walk
@@ -44,13 +44,15 @@ _PEEK_BYTES = 256 << 10
 class PushOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a tree is stored. `hasher` is of the key domain: public, or a tenant's for private content.
 
-    `reread` reads every file, also those that an earlier push knows under the same version.
+    `reread` reads every file, also those that an earlier push knows under the same version. `repair` reads back
+    what is re-used at the origin, and puts anew what is wrong there.
     """
 
     kind: TreeKind = "model"
     hasher: Hasher = PUBLIC_HASHER
     compress: Compress = "none"
     reread: bool = False
+    repair: bool = False
 
 
 class PushProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,7 +119,7 @@ def push_code(
             where=f"{source}: code_bytes_max={CODE_BYTES_MAX}",
             next_step="push weights with `snowdrop model push`, leave the rest out with a .snowdropignore",
         )
-    return push_source(files, origin, PushOptions(kind="code"), progress=progress)
+    return push_source(files, origin, PushOptions(kind="code", repair=True), progress=progress)
 
 
 def push_source(
@@ -179,6 +181,7 @@ class _Push:
             index=index,
             source=self.source.identity,
             durable=walk.unreported,
+            repair=self.options.repair,
         )
         reader = SpanReader(
             self.source,
@@ -200,7 +203,7 @@ class _Push:
             chunks=chunks,
             packs=packs,
         )
-        digest, manifest = _publish(self.origin, manifest, hasher, index)
+        digest, manifest = _publish(self.origin, manifest, hasher, index, packer)
         return PushResult(
             artefact=artefact_ref(digest, manifest),
             new_bytes=packer.new_bytes,
@@ -228,17 +231,20 @@ def artefact_ref(digest: Digest, manifest: Manifest) -> ArtefactRef:
 
 
 def _publish(
-    origin: Origin, manifest: Manifest, hasher: Hasher, index: IngestIndex | None
+    origin: Origin, manifest: Manifest, hasher: Hasher, index: IngestIndex | None, packer: Packer
 ) -> tuple[Digest, Manifest]:
     """Puts the manifest, unless this tree has one already."""
-    there = same_tree(index, origin, hasher, manifest.kind, manifest.files) if index is not None else None
-    if there is not None:
-        return there
+    if index is not None:
+        there = same_tree(index, origin, hasher, manifest.kind, manifest.files, has_pack=packer.has_pack)
+        if there is not None:
+            return there
     encoded = encode_manifest(manifest)
     digest = manifest_digest(encoded, hasher)
     key = manifest_key(hasher.domain, digest)
-    if not origin.exists(key):
+    if not stored_as(origin, key, encoded, check_bytes=True):
         origin.put(key, encoded)
+        if index is not None:
+            index.forget_manifests([digest])  # a damaged one taught nothing: the next push learns from this one
     return digest, manifest
 
 
