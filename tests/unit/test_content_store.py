@@ -1,6 +1,7 @@
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,16 +12,21 @@ import pytest
 from content_helpers import CountingOrigin, FullDisk, noise, push, safetensors_bytes, settings_for, write_model
 from snowdrop.content.disk import DiskTier
 from snowdrop.content.diskio import DiskIo
+from snowdrop.content.ingest import PushOptions, push_source
+from snowdrop.content.ingest.directory import DirectorySource
+from snowdrop.content.keys import key_domain, load_keyring, tenant_key
 from snowdrop.content.layout import PUBLIC_DOMAIN, manifest_key
 from snowdrop.content.manifest import decode_manifest, encode_manifest, manifest_digest
 from snowdrop.content.progress import ProgressReader
 from snowdrop.content.siblings import AreaSiblings
 from snowdrop.content.slabs import SlabPool
 from snowdrop.content.store import ContentStore, Landed, open_store
+from snowdrop.domain.cancel import cancelled
 from snowdrop.domain.errors import (
     ConflictError,
     IntegrityError,
     NotFoundError,
+    ReadCancelledError,
     StorageFullError,
     UnavailableError,
 )
@@ -28,6 +34,8 @@ from snowdrop.domain.ids import DEFAULT_TENANT, Digest
 
 pytestmark = pytest.mark.anyio
 WAIT_S_MAX = 10.0
+THREADS_OF_THE_LOOP = 40
+"""What anyio gives an event loop by default."""
 
 
 @pytest.fixture
@@ -493,6 +501,64 @@ async def test_a_pool_that_cannot_grow_ends_no_load(
     async with open_store(settings_for(tmp_path / "cache", pool_bytes=2 << 20), origin=origin) as store:
         assert await anyio.to_thread.run_sync(tried.wait, WAIT_S_MAX)
         assert area_bytes(await ensure(store, digest), "model.safetensors")
+
+
+class Silent(CountingOrigin):
+    """Answers nothing any more once `is_silent`, until a read is given up."""
+
+    is_silent = False
+
+    def read_range(self, key: str, offset: int, into: memoryview) -> None:
+        while self.is_silent:
+            if cancelled():
+                raise ReadCancelledError("given up", where=key)
+            time.sleep(0.001)
+        super().read_range(key, offset, into)
+
+
+@pytest.mark.parametrize("what", ["manifests", "packs"])
+async def test_an_origin_that_does_not_answer_holds_up_nothing_that_is_on_the_node(
+    tmp_path: Path, what: str
+) -> None:
+    origin, cache = Silent(), tmp_path / "cache"
+    count = THREADS_OF_THE_LOOP + 1 if what == "manifests" else 1
+    digests: list[Digest] = []
+    for seed in range(count + 1):
+        root = tmp_path / f"m{seed}"
+        root.mkdir()
+        (root / "model.safetensors").write_bytes(safetensors_bytes({"t": ("U8", [1000], noise(1000, seed))}))
+        digests.append(push(root, origin).artefact.manifest)
+    here, *others = digests
+    await landed_once(cache, here, origin)
+    async with open_store(settings_for(cache, fetch_threads=1), origin=origin) as store:
+        if what == "packs":
+            await store.ensure(DEFAULT_TENANT, others[0], "first", map_tensors=False, lazy=True)
+        origin.is_silent = True
+        async with anyio.create_task_group() as tasks:
+            for other in others:
+                tasks.start_soon(ensure, store, other, f"h{other}")
+            await anyio.wait_all_tasks_blocked()
+            with anyio.fail_after(WAIT_S_MAX):
+                await ensure(store, here)
+            tasks.cancel_scope.cancel()
+
+
+async def test_an_artefact_is_only_found_in_its_own_key_domain(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    folder = tmp_path / "keys"
+    domain = key_domain(tenant_key(folder, DEFAULT_TENANT))
+    options = PushOptions(hasher=load_keyring(folder).hasher(domain))
+    pushed = push_source(DirectorySource(source, ignored=()), origin, options)
+    settings = msgspec.structs.replace(settings_for(tmp_path / "cache"), keys_directory=str(folder))
+    digest = pushed.artefact.manifest
+    for _ in ("here", "on the disk"):
+        async with open_store(settings, origin=origin) as store:
+            with pytest.raises(NotFoundError):
+                await store.ensure(DEFAULT_TENANT, digest, "other", map_tensors=False)
+            await store.ensure(DEFAULT_TENANT, digest, "own", map_tensors=False, key_domain=domain)
+            with pytest.raises(NotFoundError):
+                await store.ensure(DEFAULT_TENANT, digest, "other", map_tensors=False)
 
 
 async def test_a_redeploy_of_code_and_a_second_replica_take_no_byte_of_the_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 
 from snowdrop.content.disk import DiskTier
 from snowdrop.content.fetch import FetchEngine
@@ -22,6 +24,7 @@ from snowdrop.content.origin import Origin
 from snowdrop.content.placement import AreaLayout, area_layout, header_chunks
 from snowdrop.content.runs import Place, Ticket
 from snowdrop.content.source import PackSource, bad_chunks, wrong_chunk
+from snowdrop.domain.cancel import CANCEL_FLAG
 from snowdrop.domain.errors import CorruptContentError, NotFoundError, SnowdropError, error_from_body
 from snowdrop.domain.ids import Digest
 from snowdrop.domain.manifest import MANIFEST_BYTES_MAX, Extent, FileEntry, Manifest
@@ -29,6 +32,10 @@ from snowdrop.policy.prefetch import URGENT
 
 EAGER_BYTES_MAX = 16 << 20
 """Files without tensors up to this size are in the directory before a replica starts; larger ones follow."""
+
+
+MANIFEST_READS_MAX = 8
+"""At once from the origin."""
 
 
 class Artefact:
@@ -164,14 +171,40 @@ class Keys(Keyring):
             return super().hasher(domain)
 
 
-def read_manifest(disk: DiskTier, origin: Origin, digest: Digest, key_domain: str, hasher: Hasher) -> Manifest:
-    """The manifest, from the disk if it is there and right, else from the origin. Blocks.
+class ManifestReader:
+    """Reads of the origin have threads of their own: one that does not answer holds up nothing that is here."""
 
-    Raises NotFoundError, IntegrityError, CorruptContentError and what the origin raises.
-    """
-    cached = disk.cached_manifest(digest)
-    if cached is not None:
-        return cached
+    def __init__(self, disk: DiskTier, origin: Origin) -> None:
+        self._disk = disk
+        self._origin = origin
+        self._limiter = anyio.CapacityLimiter(MANIFEST_READS_MAX)
+
+    async def read(self, digest: Digest, key_domain: str, hasher: Hasher) -> Manifest:
+        """From the disk if it is there and right, else from the origin. A cancelled read ends.
+
+        Raises NotFoundError, IntegrityError, CorruptContentError and what the origin raises.
+        """
+        cached = await anyio.to_thread.run_sync(self._disk.cached_manifest, digest, hasher)
+        if cached is not None:
+            return cached
+        given_up = threading.Event()
+        token = CANCEL_FLAG.set(given_up)
+        try:
+            return await anyio.to_thread.run_sync(
+                _manifest_at,
+                self._origin,
+                digest,
+                key_domain,
+                hasher,
+                abandon_on_cancel=True,
+                limiter=self._limiter,
+            )
+        finally:
+            given_up.set()
+            CANCEL_FLAG.reset(token)
+
+
+def _manifest_at(origin: Origin, digest: Digest, key_domain: str, hasher: Hasher) -> Manifest:
     key = manifest_key(key_domain, digest)
     size = origin.size(key)
     if size > MANIFEST_BYTES_MAX:

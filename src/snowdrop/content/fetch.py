@@ -23,7 +23,8 @@ from snowdrop.domain.errors import SnowdropError
 
 JOIN_S_MAX = 10.0
 """How long closing waits for reads that are under way."""
-
+LOCAL_THREADS = 2
+"""Threads that the origin never has: one that does not answer holds up nothing that is on the node."""
 
 log = logging.getLogger("snowdrop.content")
 
@@ -43,7 +44,7 @@ class FetchEngine:
         self.is_closed = False
 
     def start(self) -> None:
-        for number in range(self._threads_max):
+        for number in range(self._threads_max + LOCAL_THREADS):
             thread = threading.Thread(target=self._work, name=f"fetch {number}", daemon=True)
             self._threads.append(thread)
             thread.start()

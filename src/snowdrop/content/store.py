@@ -21,7 +21,7 @@ import msgspec
 
 from snowdrop.content.area import Area, RamTier
 from snowdrop.content.areas import Areas
-from snowdrop.content.artefact import Artefact, Keys, read_manifest
+from snowdrop.content.artefact import Artefact, Keys, ManifestReader
 from snowdrop.content.completing import Completer
 from snowdrop.content.disk import DiskTier
 from snowdrop.content.fetch import FetchEngine
@@ -84,6 +84,7 @@ class ContentStore:
         self._disk = disk
         self._engine = engine
         self._keys = keys
+        self._manifests = ManifestReader(disk, origin)
         self._completer = Completer(engine)
         self._readers = Readers(engine)
         self._pins = Pins()
@@ -304,10 +305,10 @@ class ContentStore:
         artefact = self._artefacts.get(digest)
         if artefact is None:
             hasher = await anyio.to_thread.run_sync(self._keys.hasher, key_domain)
-            manifest = await anyio.to_thread.run_sync(
-                read_manifest, self._disk, self._origin, digest, key_domain, hasher
-            )
+            manifest = await self._manifests.read(digest, key_domain, hasher)
             artefact = self._artefacts.setdefault(digest, Artefact(digest, manifest, self._origin, hasher))
+        if artefact.manifest.key_domain != key_domain:
+            raise NotFoundError(f"the key domain {key_domain} has no such artefact", where=digest)
         return artefact
 
     async def _open_landing(self, digest: Digest, artefact: Artefact) -> Landing:
