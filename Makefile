@@ -2,12 +2,16 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test coverage lint bench setup clean
 
 demo: setup
 	$(BIN)/python scripts/demo.py
 
 test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+# Apart from the gate: tracing slows the tests that make calls by the hundred thousand, as those of crashes do.
+coverage: setup
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
 
 lint: setup
