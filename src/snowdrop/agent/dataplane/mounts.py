@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import anyio
 import anyio.abc
@@ -32,15 +32,29 @@ class MountStore(FileStore, Protocol):
         """Raises NotFoundError if the artefact was not ensured."""
 
 
+class _Mount(NamedTuple):
+    """What a session is made of; journal and descriptor end with it."""
+
+    digest: Digest
+    landing: Landing
+    tree: Tree
+    journal: Journal
+    device_fd: int
+
+
 class MountServer:
     """`tasks` carries the sessions."""
 
     def __init__(self, store: MountStore, tasks: anyio.abc.TaskGroup) -> None:
         self._store = store
         self._tasks = tasks
+        self._served: set[tuple[int, int]] = set()
 
     async def serve(self, digest: Digest, fds: tuple[int, ...]) -> None:
         """Serves the mount whose device and journal `fds` are, and owns them; returns once it has begun.
+
+        A mount that is served already goes on being served: whoever asked may not have heard of it, and two
+        sessions would take the same slots of its journal.
 
         Raises NotFoundError if the artefact was not ensured, ProtocolError if they are not those of a mount of it.
         """
@@ -48,6 +62,12 @@ class MountServer:
             _close(fds)
             raise ProtocolError(f"a mount comes with 2 descriptors, not {len(fds)}", where="ServeMount")
         device_fd, journal_fd = fds
+        stat = os.fstat(journal_fd)
+        identity = stat.st_dev, stat.st_ino
+        if identity in self._served:
+            _close(fds)
+            return
+        self._served.add(identity)
         try:
             landing = self._store.landing_of(digest)
             tree = await anyio.to_thread.run_sync(
@@ -55,18 +75,31 @@ class MountServer:
             )
             journal = Journal(journal_fd, len(landing.manifest.files))
         except BaseException:
+            self._served.discard(identity)
             os.close(device_fd)
             raise
         finally:
             os.close(journal_fd)
-        self._tasks.start_soon(self._run, digest, landing, tree, journal, device_fd)
+        mount = _Mount(digest, landing, tree, journal, device_fd)
+        self._tasks.start_soon(self._run_until_gone, identity, mount)
 
-    async def _run(self, digest: Digest, landing: Landing, tree: Tree, journal: Journal, device_fd: int) -> None:
+    async def _run_until_gone(self, identity: tuple[int, int], mount: _Mount) -> None:
+        try:
+            await self._run(mount)
+        finally:
+            self._served.discard(identity)
+
+    async def _run(self, mount: _Mount) -> None:
         try:
             async with anyio.create_task_group() as ahead:
-                source = StoredFiles(self._store, digest, landing, ahead)
+                source = StoredFiles(self._store, mount.digest, mount.landing, ahead)
                 session = Session(
-                    device_fd, journal, tree, source, passthrough_allowed=os.geteuid() == 0, name=digest[:19]
+                    mount.device_fd,
+                    mount.journal,
+                    mount.tree,
+                    source,
+                    passthrough_allowed=os.geteuid() == 0,
+                    name=mount.digest[:19],
                 )
                 try:
                     await session.run()
@@ -75,10 +108,10 @@ class MountServer:
                     source.close()
         except* SnowdropError as errors:
             for error in errors.exceptions:
-                log.error("the mount of %s is not served: %s", digest, error)
+                log.error("the mount of %s is not served: %s", mount.digest, error)
         finally:
-            journal.close()
-            os.close(device_fd)
+            mount.journal.close()
+            os.close(mount.device_fd)
 
 
 def _close(fds: tuple[int, ...]) -> None:
