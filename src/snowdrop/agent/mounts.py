@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import anyio
 import anyio.to_thread
@@ -58,6 +59,18 @@ class _Mount:
         self.device_fd = -1
         self.journal_fd = -1
 
+    def copies(self) -> tuple[int, int]:
+        """Its descriptors again, the caller's. Raises UnavailableError if it was removed."""
+        try:
+            device_fd = os.dup(self.device_fd)
+        except OSError as error:
+            raise UnavailableError(f"the mount is not there: {error.strerror}", where=str(self.at)) from error
+        try:
+            return device_fd, os.dup(self.journal_fd)
+        except OSError as error:
+            os.close(device_fd)
+            raise UnavailableError(f"the mount is not there: {error.strerror}", where=str(self.at)) from error
+
 
 class ModelMounts:
     """`mount` and `release` by holder (a replica); `add` and `remove` by directory (a person)."""
@@ -68,7 +81,8 @@ class ModelMounts:
         self._data_plane = data_plane
         self._mounts: dict[Path, _Mount] = {}
         self._personal: dict[Path, PersonalMount] = {}
-        self._one = anyio.Lock()
+        self._locks: WeakValueDictionary[Path, anyio.Lock] = WeakValueDictionary()
+        self._recording = anyio.Lock()
         self.is_possible = bool(may_mount())
 
     def sweep(self) -> None:
@@ -87,19 +101,19 @@ class ModelMounts:
 
         Raises UnavailableError if it cannot be mounted, and what the content path raises.
         """
-        async with self._one:
-            at = self._folder / artefact.manifest
+        at = self._folder / artefact.manifest
+        async with self._lock_of(at):
             mount = self._mounts.get(at) or await self._make(at, tenant, artefact)
             mount.holders.add(holder)
             return at
 
     async def release(self, holder: str) -> None:
         """Once no sandbox of `holder` lives. Mounts without holders are removed."""
-        async with self._one:
-            for mount in list(self._mounts.values()):
-                if holder in mount.holders:
+        for mount in list(self._mounts.values()):
+            if holder in mount.holders:
+                async with self._lock_of(mount.at):
                     mount.holders.discard(holder)
-                    if not mount.holders:
+                    if not mount.holders and self._is_ours(mount):
                         await self._remove(mount)
 
     async def add(self, wanted: PersonalMount) -> None:
@@ -108,7 +122,7 @@ class ModelMounts:
         Raises InvalidInputError, ConflictError, UnavailableError, and what the content path raises.
         """
         at = Path(wanted.directory)
-        async with self._one:
+        async with self._lock_of(at):
             known = self._personal.get(at)
             if known is not None and at in self._mounts:
                 if known.artefact.manifest == wanted.artefact.manifest:
@@ -122,17 +136,27 @@ class ModelMounts:
             mount = await self._make(at, wanted.tenant, wanted.artefact)
             mount.holders.add(f"person:{at}")
             self._personal[at] = wanted
-            await anyio.to_thread.run_sync(self._write_record)
+            try:
+                await self._write_record()
+            except UnavailableError:
+                del self._personal[at]
+                await self._remove(mount)
+                raise
 
     async def remove(self, directory: str) -> None:
         """Unmounts what `add` has mounted; raises NotFoundError if that is nothing."""
         at = Path(directory)
-        async with self._one:
-            if self._personal.pop(at, None) is None:
+        async with self._lock_of(at):
+            wanted = self._personal.pop(at, None)
+            if wanted is None:
                 raise NotFoundError(
                     "no model is mounted there", where=directory, next_step="see `snowdrop model mounts`"
                 )
-            await anyio.to_thread.run_sync(self._write_record)
+            try:
+                await self._write_record()
+            except UnavailableError:
+                self._personal[at] = wanted  # so that it can be tried again
+                raise
             mount = self._mounts.get(at)
             if mount is not None:
                 await self._remove(mount)
@@ -156,11 +180,23 @@ class ModelMounts:
 
     async def close(self) -> None:
         """Removes all mounts, for this life; those of people come back with the next."""
-        async with self._one:
-            for mount in list(self._mounts.values()):
-                await self._remove(mount)
+        for mount in list(self._mounts.values()):
+            async with self._lock_of(mount.at):
+                if self._is_ours(mount):
+                    await self._remove(mount)
 
     # --- inside -------------------------------------------------------------------------------------------
+
+    def _lock_of(self, at: Path) -> anyio.Lock:
+        """One task at a time changes a directory. Others go on: making one may wait for the origin."""
+        lock = self._locks.get(at)
+        if lock is None:
+            lock = self._locks[at] = anyio.Lock()
+        return lock
+
+    def _is_ours(self, mount: _Mount) -> bool:
+        """Whether it is still there, and no other in its place."""
+        return self._mounts.get(mount.at) is mount
 
     async def _make(self, at: Path, tenant: TenantId, artefact: ArtefactRef) -> _Mount:
         mount = _Mount(at, tenant, artefact)
@@ -187,23 +223,33 @@ class ModelMounts:
                 key_domain=mount.artefact.key_domain,
             )
             got.close()
-            await plane.serve_mount(mount.artefact.manifest, mount.device_fd, mount.journal_fd)
+            # Copies: the mount may be removed while they wait to be sent, and its numbers go to other files.
+            device_fd, journal_fd = mount.copies()
+            try:
+                await plane.serve_mount(mount.artefact.manifest, device_fd, journal_fd)
+            finally:
+                os.close(device_fd)
+                os.close(journal_fd)
             return
         raise TimedOutError("the data plane does not serve the mount", where=f"serve_s_max={SERVE_S_MAX}")
 
     async def _renew(self, mount: _Mount, plane: DataPlane) -> None:
         for _ in range(RENEWALS_MAX):
-            if self._mounts.get(mount.at) is not mount:
-                return
+            failed: SnowdropError | None = None
             try:
                 await self._serve(mount, plane)
             except SnowdropError as error:
-                log.warning("%s is not served yet: %s", mount.at, error)
-                await anyio.sleep(RENEWAL_REST_S)
-            else:
+                failed = error
+            if not self._is_ours(mount):
+                await plane.release(mount.pin)  # it was removed meanwhile, maybe before this pin
                 return
-        async with self._one:
-            await self._remove(mount)
+            if failed is None:
+                return
+            log.warning("%s is not served yet: %s", mount.at, failed)
+            await anyio.sleep(RENEWAL_REST_S)
+        async with self._lock_of(mount.at):
+            if self._is_ours(mount):
+                await self._remove(mount)
 
     async def _remove(self, mount: _Mount) -> None:
         self._mounts.pop(mount.at, None)
@@ -225,15 +271,18 @@ class ModelMounts:
             log.warning("%s is not understood, its mounts are not made again: %s", self._record, error)
             return []
 
-    def _write_record(self) -> None:
-        temporary = self._record.with_suffix(".tmp")
-        try:
-            temporary.write_bytes(msgspec.json.encode(self.personal()))
-            temporary.replace(self._record)
-        except OSError as error:
-            raise UnavailableError(
-                f"mounts cannot be recorded: {error.strerror}", where=str(self._record)
-            ) from error
+    async def _write_record(self) -> None:
+        async with self._recording:
+            await anyio.to_thread.run_sync(_replace_file, self._record, msgspec.json.encode(self.personal()))
+
+
+def _replace_file(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise UnavailableError(f"mounts cannot be recorded: {error.strerror}", where=str(path)) from error
 
 
 def _make_blocking(mount: _Mount) -> None:
@@ -247,14 +296,15 @@ def _make_blocking(mount: _Mount) -> None:
 
 
 def _remove_blocking(mount: _Mount, with_directory: bool) -> None:
+    device_fd, journal_fd = mount.device_fd, mount.journal_fd
+    mount.device_fd = mount.journal_fd = -1
     try:
-        if mount.device_fd >= 0:
+        if device_fd >= 0:
             unmount_tree(mount.at)
     finally:
-        for fd in (mount.device_fd, mount.journal_fd):
+        for fd in (device_fd, journal_fd):
             if fd >= 0:
                 os.close(fd)
-        mount.device_fd = mount.journal_fd = -1
     if with_directory:
         try:
             mount.at.rmdir()
