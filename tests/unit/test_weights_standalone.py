@@ -90,6 +90,22 @@ def test_writing_to_a_tensor_changes_no_file(path: Path, backend: Any) -> None:
     assert path.read_bytes() == before
 
 
+def test_tensors_hold_no_descriptor(path: Path, backend: Any) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    kept = [load_file(path, backend=backend) for _ in range(8)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert torch.equal(kept[0]["large"], kept[7]["large"])
+
+
+def test_an_empty_tensor_of_packed_values_is_loaded(tmp_path: Path, backend: Any) -> None:
+    entries = {"none": {"dtype": "F4", "shape": [3, 0], "data_offsets": [0, 0]}}
+    header = json.dumps(entries).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    got = load_file(tmp_path / "a.safetensors", backend=backend)
+    wanted = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert (got["none"].shape, got["none"].dtype) == (wanted["none"].shape, wanted["none"].dtype)
+
+
 def test_numpy_gives_what_safetensors_gives(tmp_path: Path, backend: Any) -> None:
     names = ["F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"]
     kinds = {"F": "float", "I": "int", "U": "uint"}

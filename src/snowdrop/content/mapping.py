@@ -55,6 +55,21 @@ def map_slabs(fds: Sequence[int], sizes: Sequence[int], *, is_private: bool = Tr
     return memoryview(owner)[skipped:done]
 
 
+def map_file(fd: int, size: int) -> memoryview:
+    """The first `size` bytes of a file: writable, private to this process (copy-on-write).
+
+    As with `map_slabs` views keep it mapped, and the caller keeps the descriptor; `mmap.mmap` would keep a second
+    one for as long as the mapping lasts. `size` is above 0. Raises StorageFullError if it cannot be mapped.
+    """
+    try:
+        owner = mmap.mmap(-1, size, flags=_RESERVED)
+    except OSError as error:
+        raise _no_room(size) from error
+    base = ctypes.addressof(ctypes.c_char.from_buffer(owner))
+    _map(base, size, mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE, fd)
+    return memoryview(owner)
+
+
 def reserve(size: int, fd: int = -1) -> int:
     """The address of `size` bytes of address space, aligned to HUGE_PAGE_BYTES; `size` is a multiple of it.
 
@@ -102,7 +117,7 @@ def _map(
 
 def _no_room(size: int) -> StorageFullError:
     return StorageFullError(
-        f"{size} bytes of a landing area cannot be mapped",
+        f"{size} bytes cannot be mapped",
         where="address space",
         next_step="raise the process's limit of memory or of mappings",
     )

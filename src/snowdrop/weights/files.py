@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from snowdrop.content.mapping import map_file
 from snowdrop.content.safetensors import Header, read_header
 from snowdrop.weights.direct import THREADS, DirectFeed
 from snowdrop.weights.diskfile import DiskFile
@@ -59,7 +59,7 @@ class FileSource:
                 found = self._files[file]
                 fd = found.open()
                 try:
-                    self._maps[file] = memoryview(mmap.mmap(fd, found.size, access=mmap.ACCESS_COPY))
+                    self._maps[file] = map_file(fd, found.size)
                 finally:
                     os.close(fd)
             return self._maps[file]
