@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from content_helpers import safetensors_bytes
-from snowdrop.domain.errors import CorruptContentError, InvalidInputError, NotFoundError
+from snowdrop.domain.errors import CorruptContentError, InvalidInputError, NotFoundError, StorageFullError
 from snowdrop.weights import direct, files, load_directory, load_file, residency, safe_open
 from snowdrop.weights.devices.cpu import CpuDevice
 from snowdrop.weights.numpy import load_file as load_numpy
@@ -370,6 +370,25 @@ class TestDirectReads:
             assert sum(owner() is not None for owner in owners) <= 4
         assert len(owners) == 40
         assert {name: tensor[0].item() for name, tensor in halves.items()} == {f"t{i:02}": i for i in range(40)}
+
+    def test_fewer_threads_than_wanted_read_all_of_it(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(direct, "WINDOW_BYTES", 1)
+        monkeypatch.setattr(direct.DirectReader.__init__, "__kwdefaults__", {"threads": 8, "ahead_bytes_max": 1})
+        start, started, room = threading.Thread.start, [0], 2
+
+        def limited(thread: threading.Thread) -> None:
+            if started[0] == room:
+                raise RuntimeError("can't start new thread")
+            started[0] += 1
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", limited)
+        wanted, got = safetensors.torch.load_file(path), load_file(path, backend="pread")
+        assert {name: raw(tensor) for name, tensor in got.items()} == {n: raw(t) for n, t in wanted.items()}
+        started[0], room = 0, 0
+        with pytest.raises(StorageFullError, match="no thread"):
+            load_file(path, backend="pread")
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]
 
     def test_a_load_that_is_given_up_ends_its_threads(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(direct, "WINDOW_BYTES", 1)

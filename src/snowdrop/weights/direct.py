@@ -120,8 +120,15 @@ class DirectReader:
         self._threads = [
             threading.Thread(target=self._read, name=f"weights {i}", daemon=True) for i in range(threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:  # no more threads in this process: those that run read all of it
+            if not self._threads[0].ident:
+                self._files.close()
+                raise StorageFullError(
+                    f"no thread can be started: {error}", where="threads", next_step="raise the limit of processes"
+                ) from error
 
     def take(self, window: int) -> memoryview:
         """Blocks until the window is read and gives its memory away. Raises OSError or a SnowdropError."""
@@ -142,7 +149,8 @@ class DirectReader:
             self._is_closed = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
         self._memory.clear()
         self._files.close()
 
