@@ -146,6 +146,15 @@ class TestTied:
         saved(tmp_path, weights).load_into(module)
         assert module.head.weight is module.embed.weight
 
+    def test_the_same_nan_under_both_names_is_the_same_value(
+        self, tmp_path: Path, weights: dict[str, torch.Tensor]
+    ) -> None:
+        module = on_meta(is_tied=True)
+        weights["embed.weight"][0] = float("nan")
+        weights["head.weight"] = weights["embed.weight"].clone()
+        saved(tmp_path, weights).load_into(module)
+        assert module.head.weight is module.embed.weight
+
     def test_different_values_for_one_parameter_are_refused(
         self, tmp_path: Path, weights: dict[str, torch.Tensor]
     ) -> None:

@@ -164,7 +164,14 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return one is other or torch.equal(one, other) or torch.equal(_bytes_of(one), _bytes_of(other))
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """By which a NaN is the same as itself."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _mismatch(module: torch.nn.Module, problems: list[dict[str, Any]]) -> ModuleMismatchError:
