@@ -4,11 +4,12 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from fuse_helpers import manifest_of
-from snowdrop.content.fuse import structs
+from snowdrop.content.fuse import mount, structs
 from snowdrop.content.fuse.answers import Answers
 from snowdrop.content.fuse.handshake import agree
 from snowdrop.content.fuse.journal import SLOTS, Journal, create_journal
@@ -194,3 +195,14 @@ def test_the_journal_of_another_tree_is_refused(journal: Journal) -> None:
             Journal(fd, 3)
     finally:
         os.close(fd)
+
+
+def test_mounts_of_others_may_have_any_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "1 2 0:5 / /a\x0cb\u2028c rw - tmpfs x rw",
+        r"3 2 0:6 / /x\040y ro shared:1 - fuse.snowdrop snowdrop ro",
+        "4 2 0:7 / /z rw - tmpfs  rw",
+    ]
+    (tmp_path / "mountinfo").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    monkeypatch.setattr(mount, "MOUNTINFO", tmp_path / "mountinfo")
+    assert mount.mounted_trees(Path("/")) == [mount.MountedTree(Path("/x y"), "0:6")]

@@ -20,6 +20,7 @@ from snowdrop.content.fuse.handshake import READ_AHEAD_BYTES
 from snowdrop.domain.errors import UnavailableError
 
 DEVICE = Path("/dev/fuse")
+MOUNTINFO = Path("/proc/self/mountinfo")
 SOURCE = "snowdrop"
 """What the first column of /proc/mounts says of ours."""
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
@@ -87,7 +88,8 @@ def unmount_tree(at: Path) -> None:
 def mounted_trees(below: Path) -> list[MountedTree]:
     """Our mounts at `below` or inside it, dead ones too. Asks the mounts themselves nothing, so it cannot hang."""
     found: list[MountedTree] = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+    # Not by `splitlines`: of the characters that it splits at, the kernel escapes none but the newline.
+    for line in MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]:
         before, _, after = line.partition(" - ")
         fields, kind, source = before.split(" "), after.split(" ")[0], after.split(" ")[1]
         path = Path(_unescaped(fields[4]))
