@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from content_helpers import noise, push
@@ -155,3 +156,20 @@ async def test_trouble_with_the_disk_has_its_own_error(tmp_path: Path) -> None:
         (tmp_path / "landing/partial/a.gguf").unlink()
         with pytest.raises(UnavailableError):
             stretch(source, file, 0, MIB)
+
+
+async def test_a_fault_while_fetching_ahead_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with stored(tmp_path) as (source, store):
+        file = [entry.path for entry in store.landing.manifest.files].index("a.gguf")
+        read_file = store.read_file
+
+        async def faulty(digest: Digest, file: int, offset: int, length: int) -> bytes | None:
+            if length > MIB:
+                raise ValueError("a fault of ours")
+            return await read_file(digest, file, offset, length)
+
+        store.read_file = faulty  # type: ignore[method-assign]
+        for offset in range(0, 8 * MIB, MIB):
+            await source.bring(file, offset, MIB)
+        assert await anyio.to_thread.run_sync(source.read, file, 0, memoryview(bytearray(MIB)))
+    assert "a fault of ours" in caplog.text

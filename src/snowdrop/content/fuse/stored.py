@@ -136,6 +136,8 @@ class StoredFiles:
         except SnowdropError as error:
             # Whoever reads these bytes asks again, and is told.
             log.info("fetching ahead: %s", error)
+        except Exception:  # a fault of ours that would end this mount, and all others with it
+            log.exception("fetching ahead")
 
     def _open(self, file: int) -> int:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
