@@ -344,6 +344,17 @@ class TestBounds:
         assert "drain_s_max=0.005" in last.reason
         assert "killed by signal 9" in last.reason
 
+    async def test_drain_of_one_that_does_not_hear(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runner_module, "KILL_GRACE_S", 0.01)
+        monkeypatch.setattr(sandboxed_module, "TELL_S_MAX", 0.01)
+        async with bench.living() as runner:
+            replica = await reach(bench, S.READY)
+            for _ in range(sandboxed_module.MESSAGES_MAX - 10):
+                await replica.channel.send(WaitForDirectory(model="none"))
+            await anyio.wait_all_tasks_blocked()
+            runner.drain("no longer needed", 0.01)
+        assert (bench.reports[-1].state, replica.kills) == (S.STOPPED, 1)
+
     async def test_drain_orders_again_do_not_prolong_it(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:

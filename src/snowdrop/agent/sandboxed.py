@@ -59,6 +59,8 @@ LAST_WORDS_S_MAX = 1.0
 """How long after its process is gone a replica's last messages may take to be read."""
 CLOSE_S_MAX = 10.0
 """How long a sandbox may take to be taken down, and how long the data plane to hear of it."""
+TELL_S_MAX = 2.0
+"""A replica that takes no message for so long is told nothing more; whatever it waits for is bounded there."""
 MESSAGES_MAX = 1_000
 """What a replica may say in its life; a healthy one says a handful."""
 
@@ -81,6 +83,8 @@ class Sandboxed:
         self._kill_wanted = False
         self._is_gone = False
         self._renewed = anyio.Event()
+        self._telling = anyio.Lock()
+        self._is_deaf = False
 
     @property
     def describe(self) -> str:
@@ -338,9 +342,13 @@ class Sandboxed:
             self._models[name] = msgspec.structs.replace(content, area=None)
 
     async def _tell(self, message: Drain | DirectoryReady | ModelRenewed, fds: tuple[int, ...] = ()) -> None:
-        with suppress(OSError):  # it is gone: its exit says so
-            if self._channel is not None:
+        async with self._telling:
+            if self._channel is None or self._is_deaf:
+                return
+            with suppress(OSError), anyio.move_on_after(TELL_S_MAX):  # it is gone: its exit says so
                 await self._channel.send(message, fds)
+                return
+            self._is_deaf = True
 
 
 async def replica_content(order: StartReplica, context: NodeContext, sandboxed: Sandboxed) -> Landed:
