@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from content_helpers import CountingOrigin, noise, push, safetensors_bytes, small_pool
+from snowdrop.content import siblings
 from snowdrop.content.area import Area
 from snowdrop.content.disk import DiskTier
 from snowdrop.content.fill import Fill
@@ -11,7 +12,9 @@ from snowdrop.content.layout import PUBLIC_DOMAIN, manifest_key
 from snowdrop.content.manifest import decode_manifest
 from snowdrop.content.placement import area_layout, header_chunks
 from snowdrop.content.runs import Run, Ticket
-from snowdrop.content.source import PackSource, bad_chunks
+from snowdrop.content.siblings import EarlierFills
+from snowdrop.content.source import ChunkSource, PackSource, bad_chunks
+from snowdrop.domain.manifest import Manifest
 
 
 @pytest.fixture
@@ -19,19 +22,13 @@ def fill(tmp_path: Path) -> Iterator[Fill]:
     """Of one tensor file; neither place has any of it yet."""
     source = tmp_path / "source"
     source.mkdir()
-    tensors = {"t": ("U8", [300_000], noise(300_000))}
+    tensors = {f"t{index}": ("U8", [300_000], noise(300_000, index)) for index in range(8)}
     (source / "m.safetensors").write_bytes(safetensors_bytes(tensors))
     origin = CountingOrigin()
     digest = push(source, origin).artefact.manifest
     manifest = decode_manifest(origin.objects[manifest_key(PUBLIC_DOMAIN, digest)])
     layout = area_layout(manifest)
-    fill = Fill(
-        manifest,
-        layout,
-        header_chunks(manifest),
-        PackSource(origin, manifest),
-        lambda first, count, view: bad_chunks(manifest, first, count, view),
-    )
+    fill = made(manifest, PackSource(origin, manifest))
     fill.area = Area(manifest, layout, small_pool())
     disk = DiskTier(tmp_path / "cache", 1 << 30)
     disk.open()
@@ -39,6 +36,16 @@ def fill(tmp_path: Path) -> Iterator[Fill]:
     yield fill
     fill.area.close()
     disk.close()
+
+
+def made(manifest: Manifest, last: ChunkSource) -> Fill:
+    return Fill(
+        manifest,
+        area_layout(manifest),
+        header_chunks(manifest),
+        last,
+        lambda first, count, view: bad_chunks(manifest, first, count, view),
+    )
 
 
 def take(fill: Fill) -> Run | None:
@@ -74,3 +81,26 @@ def test_the_directory_gets_what_a_reader_had_got_when_it_was_asked_for(fill: Fi
     fill.finish(run, outcome)
     carry_out(fill)
     assert ended == [True]
+
+
+@pytest.mark.parametrize("ending", ["it comes", "it is given up"])
+def test_what_an_earlier_load_brings_is_waited_for_without_looking_at_all_of_it(
+    fill: Fill, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(siblings, "LOOK_MAX", 2)
+    own = made(fill.manifest, fill.last)
+    fill.attach("earlier", None, is_lazy=False)
+    own.attach("later", None, is_lazy=False)
+    waits = EarlierFills(own, [fill])
+    chunks = sorted(fill.layout.places)
+    assert all(waits.holds_up(chunk) for chunk in chunks)
+    looks: list[int] = []
+    will_bring = fill.will_bring
+    monkeypatch.setattr(fill, "will_bring", lambda chunk: looks.append(chunk) or will_bring(chunk))
+    assert waits.no_longer() == []
+    assert len(looks) == 2
+    if ending == "it comes":
+        carry_out(fill)
+    else:
+        fill.detach("earlier")
+    assert sorted(waits.no_longer()) == chunks

@@ -17,6 +17,9 @@ from snowdrop.content.source import Tier
 from snowdrop.domain.errors import NotFoundError
 from snowdrop.domain.manifest import Manifest
 
+LOOK_MAX = 64
+"""So many chunks that are still on their way are looked at before a look at those that were waited for ends."""
+
 
 class AreaSiblings:
     """The landing areas of other artefacts, as they are when asked."""
@@ -120,17 +123,24 @@ class EarlierFills:
     def __init__(self, own: Fill, others: Sequence[Fill]) -> None:
         self._own = own
         self._others = [fill for fill in others if fill.manifest.key_domain == own.manifest.key_domain]
-        self._held_up: set[int] = set()
+        self._held_up: dict[int, None] = {}
 
     def holds_up(self, chunk: int) -> bool:
         if not self._is_coming(chunk):
             return False
-        self._held_up.add(chunk)
+        self._held_up[chunk] = None
         return True
 
     def no_longer(self) -> list[int]:
-        free = sorted(chunk for chunk in self._held_up if not self._is_coming(chunk))
-        self._held_up.difference_update(free)
+        free: list[int] = []
+        coming = 0
+        for chunk in self._held_up:
+            if not self._is_coming(chunk):
+                free.append(chunk)
+            elif (coming := coming + 1) == LOOK_MAX:
+                break  # all threads ask this, under a lock; when one of these has come, they ask again
+        for chunk in free:
+            del self._held_up[chunk]
         return free
 
     def _is_coming(self, chunk: int) -> bool:
