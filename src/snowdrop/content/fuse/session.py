@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import select
+import struct
 from functools import partial
 from pathlib import Path
 
@@ -166,13 +167,15 @@ class Session:
             return
         try:
             if op in UNANSWERED_OPS:
-                if op == Op.INTERRUPT:
+                if op == Op.INTERRUPT and len(body) >= FUSE_INTERRUPT_IN.size:
                     self._interrupt(*FUSE_INTERRUPT_IN.unpack_from(body))
                 return
             try:
                 answer = self._answer(op, node, body)
             except OSError as error:
                 self._reply(unique, error.errno or errno.EIO)
+            except struct.error:  # cut short
+                self._reply(unique, errno.EINVAL)
             except SnowdropError as error:
                 log.warning("%s: request %d of inode %d: %s", self._name, op, node, error)
                 self._reply(unique, errno.EIO)
@@ -207,15 +210,15 @@ class Session:
             self._portal.start_task_soon(self._let_go_if_killed, read)
 
     def _start_read(self, slot: int, unique: int, pid: int, node: int, body: memoryview) -> None:
-        _, offset, size, *_ = FUSE_READ_IN.unpack_from(body)
         try:
             file = self._tree.file_index(node)
         except KeyError:
             file = -1
-        if file < 0:
-            self._reply(unique, errno.EISDIR)
+        if file < 0 or len(body) < FUSE_READ_IN.size:
+            self._reply(unique, errno.EISDIR if file < 0 else errno.EINVAL)
             self._journal.free(slot)
             return
+        _, offset, size, *_ = FUSE_READ_IN.unpack_from(body)
         length = max(0, min(size, self._tree.file_bytes(file) - offset, READ_BYTES_MAX))
         read = self._reads[unique] = _Read(slot, unique, pid, file=file, offset=offset, length=length)
         if length <= INLINE_BYTES_MAX:
