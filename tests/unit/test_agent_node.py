@@ -14,6 +14,7 @@ import pytest
 from agent_helpers import CODE, MODEL, WAIT_S_MAX, Bench, FakeReplica, open_fds, order
 from platform_helpers import NODE
 from snowdrop.agent import node as node_module
+from snowdrop.agent import sandboxed as sandboxed_module
 from snowdrop.agent.node import Node
 from snowdrop.domain.errors import ErrorBody, IntegrityError, ProtocolError
 from snowdrop.domain.ids import NodeId, ReplicaId
@@ -339,6 +340,20 @@ class TestPins:
             ]
             assert not [e for e in bench.plane.ensured if e[1] == "rep-1"]
             living.end(0)
+
+    async def test_a_mount_that_cannot_be_removed_keeps_no_pin(
+        self, bench: NodeBench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def hang(_holder: str) -> None:
+            await anyio.sleep_forever()
+
+        monkeypatch.setattr(bench.mounts, "release", hang)
+        monkeypatch.setattr(sandboxed_module, "CLOSE_S_MAX", 0.05)
+        async with bench.running():
+            replica = await bench.start()
+            replica.end(0)
+            await bench.gone()
+        assert bench.plane.released == ["rep-1"]
 
     async def test_a_replica_that_ends_meanwhile_keeps_no_pin(self, bench: NodeBench) -> None:
         async with bench.running():

@@ -266,6 +266,8 @@ class Sandboxed:
             return
         with anyio.move_on_after(CLOSE_S_MAX, shield=True), suppress(SnowdropError):
             await self._context.mounts.release(self._order.key.replica)
+        # In a time of its own: a mount that cannot be removed must not keep memory pinned.
+        with anyio.move_on_after(CLOSE_S_MAX, shield=True), suppress(SnowdropError):
             # A data plane that is gone holds no pins.
             data_plane = await self._context.data_plane()
             await data_plane.release(self._order.key.replica)
