@@ -21,6 +21,8 @@ from snowdrop.content.source import Tier
 from snowdrop.domain.cancel import CANCEL_FLAG
 from snowdrop.domain.errors import SnowdropError
 
+QUIET_LOOK_S = 0.05
+"""Besides the end of a run, a fill that nobody wants any more makes the engine quiet, which nobody announces."""
 JOIN_S_MAX = 10.0
 """How long closing waits for reads that are under way."""
 LOCAL_THREADS = 2
@@ -33,7 +35,9 @@ class FetchEngine:
     """Use `lock` around every call to a fill, and `kick` after one that made something due."""
 
     def __init__(self, threads_max: int, gate: OriginGate) -> None:
-        self.lock = threading.Condition()
+        lock = threading.RLock()
+        self.lock = threading.Condition(lock)
+        self._quiet = threading.Condition(lock)
         self.bytes_read: Counter[Tier] = Counter()
         """Plaintext bytes brought, by tier, since the start."""
         self.gate = gate
@@ -54,7 +58,8 @@ class FetchEngine:
         with self.lock:
             if fill not in self._fills:
                 self._fills.append(fill)
-            self.lock.notify_all()
+            # One thread: if it finds work it wakes the next one. All at once would only get in each other's way.
+            self.lock.notify()
 
     @property
     def is_busy(self) -> bool:
@@ -63,7 +68,8 @@ class FetchEngine:
     def wait_quiet(self) -> None:
         """Blocks until nothing is under way and nothing is due."""
         with self.lock:
-            self.lock.wait_for(lambda: not self.is_busy and not any(fill.is_due for fill in self._fills))
+            while self.is_busy or any(fill.is_due for fill in self._fills):
+                self._quiet.wait(QUIET_LOOK_S)
 
     def close(self) -> bool:
         """Begins nothing new and waits for what is under way; False if a read does not end. Blocks."""
@@ -88,6 +94,7 @@ class FetchEngine:
                     # A tenant at its bandwidth holds no thread; its turn comes with time, not with an event.
                     self.lock.wait(self.gate.look_again_s(fill.tenant for fill in self._fills if fill.is_due))
                     found = self._next()
+                self.lock.notify()
             fill, run = found
             self._carry(fill, run, memory)
 
@@ -123,7 +130,8 @@ class FetchEngine:
             self._active[run.source.tier] -= 1
             self.bytes_read[run.source.tier] += run.length if not outcome.bad else 0
             fill.finish(run, outcome)
-            self.lock.notify_all()
+            if not self.is_busy:
+                self._quiet.notify_all()
         fill.wake()
         fill.on_progress()
 

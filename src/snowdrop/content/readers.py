@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 
 import anyio
 import anyio.abc
@@ -11,8 +12,10 @@ from snowdrop.content.artefact import Artefact
 from snowdrop.content.fetch import FetchEngine
 from snowdrop.content.progress import WANTS_MAX, decode_wants
 
-WANTS_REST_S = 0.005
-"""Between two want packets of one reader: one that sends without end gets no more of the loop than this."""
+WANTS_REST_S = 0.02
+"""Between two turns of one reader: one that sends without end gets no more of the loop than this."""
+PACKETS_MAX = 32
+"""In one turn."""
 
 
 class Readers:
@@ -43,18 +46,26 @@ class Readers:
         try:
             while True:
                 await anyio.wait_readable(wake)
-                try:
-                    packet = wake.recv(4 * WANTS_MAX)
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    return
-                if not packet:
-                    return
-                wants = decode_wants(packet, len(artefact.manifest.chunks))
-                with self._engine.lock:
-                    artefact.fill.want(wants)
+                # A reader that goes through a model sends one for each tensor: those that have come are one turn.
+                for packet in _packets(wake):
+                    if not packet:
+                        return
+                    wants = decode_wants(packet, len(artefact.manifest.chunks))
+                    with self._engine.lock:
+                        artefact.fill.want(wants)
                 self._engine.kick(artefact.fill)
                 await anyio.sleep(WANTS_REST_S)
         finally:
             artefact.fill.drop_wake(holder, wake)
+
+
+def _packets(wake: socket.socket) -> Iterator[bytes]:
+    """What lies ready, at most PACKETS_MAX; an empty one if the reader is gone."""
+    for _ in range(PACKETS_MAX):
+        try:
+            packet = wake.recv(4 * WANTS_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet = b""
+        yield packet
