@@ -769,6 +769,37 @@ async def test_a_stretch_of_a_file_is_brought_to_the_disk_or_past_it(
                 await store.read_file(digest, file, offset, length)
 
 
+async def test_what_a_mount_read_is_not_read_from_the_origin_after_a_restart(
+    tmp_path: Path, source: Path, origin: CountingOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snowdrop.content.completing.KEEP_S", 0)
+    digest = push(source, origin).artefact.manifest
+    weights = (source / "model.safetensors").read_bytes()
+    for _ in range(2):
+        async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+            await store.ensure(DEFAULT_TENANT, digest, "mount", map_tensors=False, lazy=True)
+            index = [entry.path for entry in store.manifest(digest).files].index("model.safetensors")
+            assert await store.read_file(digest, index, 0, len(weights)) is None
+            landing = store.landing_of(digest)
+            with anyio.fail_after(WAIT_S_MAX):
+                while not landing.is_complete:  # durable without anybody asking for the whole directory
+                    await anyio.sleep(0)
+        origin.objects.clear()  # neither is its manifest
+
+
+async def test_what_a_mount_read_last_is_durable_at_the_end(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    digest = push(source, origin).artefact.manifest
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        await store.ensure(DEFAULT_TENANT, digest, "mount", map_tensors=False, lazy=True)
+    read = origin.pack_bytes_read
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        landed = await store.ensure(DEFAULT_TENANT, digest, "mount", map_tensors=False, lazy=True)
+    assert origin.pack_bytes_read == read > 0
+    assert landed.content.disk == landed.content.total
+
+
 async def test_a_cache_directory_serves_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("snowdrop.content.disk.LOCK_S_MAX", 0)
     async with open_store(settings_for(tmp_path / "cache"), origin=CountingOrigin()):

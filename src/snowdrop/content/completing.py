@@ -6,6 +6,9 @@ written and not yet durable is bounded. Loading never waits for any of it.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+
 import anyio
 import anyio.to_thread
 
@@ -15,11 +18,19 @@ from snowdrop.content.fetch import FetchEngine
 from snowdrop.content.landing import Landing
 from snowdrop.content.progress import FillState
 from snowdrop.domain.errors import SnowdropError
+from snowdrop.domain.ids import Digest
 from snowdrop.policy.prefetch import LATER
 
 DIRTY_BYTES_MAX = 64 << 20
 """Written behind but not yet durable, at most so much of an artefact."""
 STEP_BYTES = 32 << 20
+KEEP_S = 5.0
+"""What came one by one, because a reader of a mount asked for it, is durable after about so long."""
+KEEP_FAILED_S = 60.0
+KEEP_LAST_S_MAX = 10.0
+"""At the end no further directory is begun after so long."""
+
+log = logging.getLogger("snowdrop.content")
 
 
 class Completer:
@@ -49,6 +60,30 @@ class Completer:
             done, artefact.behind = artefact.behind, None
             if done is not None:
                 done.set()
+
+    async def keep(self, artefacts: Mapping[Digest, Artefact]) -> None:
+        """Makes durable what is in directories that nobody completes, from time to time and when cancelled."""
+        try:
+            while True:
+                is_kept = await self._keep_now(artefacts)
+                await anyio.sleep(KEEP_S if is_kept else KEEP_FAILED_S)
+        finally:
+            with anyio.move_on_after(KEEP_LAST_S_MAX, shield=True):
+                await self._keep_now(artefacts)
+
+    async def _keep_now(self, artefacts: Mapping[Digest, Artefact]) -> bool:
+        """Whether all of it could be."""
+        is_kept = True
+        for artefact in list(artefacts.values()):
+            landing = artefact.landing
+            if landing is None or artefact.behind is not None or not landing.is_undurable:
+                continue
+            try:
+                await anyio.to_thread.run_sync(landing.sync, limiter=self._thread)
+            except SnowdropError as error:
+                is_kept = False
+                log.warning("what was read of %s is fetched again after a restart: %s", artefact.digest, error)
+        return is_kept
 
     async def _write_as_it_comes(self, artefact: Artefact, landing: Landing, area: Area) -> None:
         undurable = 0

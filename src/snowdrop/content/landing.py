@@ -111,9 +111,11 @@ class Landing:
     def is_complete(self) -> bool:
         """Whether every file is in the tree, proven and durable, and its bits are, too."""
         is_whole = all(self._tree.is_complete) and not self._is_map_dirty
-        return is_whole and all(
-            self._verified[chunk] and self._durable[chunk] for chunk, places in enumerate(self._places) if places
-        )
+        return is_whole and all(self._verified[c] and self._durable[c] for c, at in enumerate(self._places) if at)
+
+    @property
+    def is_undurable(self) -> bool:
+        return not self._is_closed and (any(self._written) or self._is_map_dirty)
 
     def holds(self, chunk: int) -> bool:
         return bool(self._durable[chunk] or self._written[chunk]) and self._whole(chunk) is not None

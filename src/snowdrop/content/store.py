@@ -259,6 +259,7 @@ class ContentStore:
         """Keeps the pool of slabs and carries the store's tasks, until cancelled."""
         async with anyio.create_task_group() as self._tasks:
             self._tasks.start_soon(self._areas.keep, self._is_held)
+            self._tasks.start_soon(self._completer.keep, self._artefacts)
             task_status.started()
 
     # --- inside -------------------------------------------------------------------------------------------
