@@ -110,7 +110,7 @@ class AgentLink:
         with self._lock:
             self._renewals.setdefault(model, []).append(wait)
         self.send(RenewModel(model=model))
-        if not wait.done.wait(RENEW_S_MAX):
+        if not wait.done.wait(RENEW_S_MAX) and self._forget(model, wait):
             raise TimedOutError(
                 f"the node does not give model {model!r} again",
                 where=f"renew_s_max={RENEW_S_MAX:g}",
@@ -121,6 +121,14 @@ class AgentLink:
         if wait.handle is None:
             raise ProtocolError("the model was given again without a handle", where="agent link")
         return wait.handle, wait.fds
+
+    def _forget(self, model: str, wait: _Wait) -> bool:
+        """Gives up a renewal, so that its late answer is nobody's; False if it has come just now."""
+        with self._lock:
+            waits = self._renewals.get(model, [])
+            kept = [other for other in waits if other is not wait]
+            self._renewals[model] = kept
+            return len(kept) < len(waits)
 
     def _read(self) -> None:
         try:
@@ -142,10 +150,10 @@ class AgentLink:
         with self._lock:
             waits = self._renewals.get(message.model)
             wait = waits.pop(0) if waits else None
-        if wait is None:
-            return False
-        wait.error, wait.handle, wait.fds = message.error, message.handle, fds
-        wait.done.set()
+            if wait is None:
+                return False
+            wait.error, wait.handle, wait.fds = message.error, message.handle, fds
+            wait.done.set()
         return True
 
     def _handle(self, message: ToReplica) -> None:
