@@ -12,7 +12,7 @@ import pytest
 from agent_helpers import FakeDataPlane, open_fds
 from snowdrop.agent import mounts as mounts_module
 from snowdrop.agent.mounts import ModelMounts
-from snowdrop.domain.errors import NotFoundError, UnavailableError
+from snowdrop.domain.errors import InvalidInputError, NotFoundError, UnavailableError
 from snowdrop.domain.ids import DEFAULT_TENANT, Digest
 from snowdrop.domain.manifest import ArtefactRef
 from snowdrop.wire.mounts import PersonalMount
@@ -136,3 +136,14 @@ async def test_what_cannot_be_recorded_is_not_half_done(mounts: ModelMounts, pla
     with pytest.raises(NotFoundError):
         await mounts.remove(wanted.directory)
     assert plane.pins == set()
+
+
+async def test_nothing_is_mounted_on_a_symbolic_link(mounts: ModelMounts, plane: Plane, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "at").symlink_to(tmp_path / "real")
+    wanted = PersonalMount(
+        directory=str(tmp_path / "at"), tenant=DEFAULT_TENANT, model="m", artefact=artefact(FAST)
+    )
+    with pytest.raises(InvalidInputError, match="symbolic link"):
+        await mounts.add(wanted)
+    assert (mounts.personal(), plane.ensured) == ([], [])

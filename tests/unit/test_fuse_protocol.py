@@ -206,3 +206,14 @@ def test_mounts_of_others_may_have_any_names(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "mountinfo").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     monkeypatch.setattr(mount, "MOUNTINFO", tmp_path / "mountinfo")
     assert mount.mounted_trees(Path("/")) == [mount.MountedTree(Path("/x y"), "0:6")]
+
+
+def test_a_mount_is_found_by_a_path_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    line = f"3 2 0:6 / {tmp_path}/real/mounts/m ro - fuse.snowdrop snowdrop ro\n"
+    (tmp_path / "mountinfo").write_text(line, encoding="utf-8")
+    monkeypatch.setattr(mount, "MOUNTINFO", tmp_path / "mountinfo")
+    for below in ("real/mounts", "link/mounts", "link/mounts/m"):
+        assert [tree.device for tree in mount.mounted_trees(tmp_path / below)] == ["0:6"]
+    assert mount.mounted_trees(tmp_path / "link/other") == []

@@ -316,6 +316,11 @@ def _check_directory(at: Path) -> None:
     if not at.is_absolute():
         raise InvalidInputError("the directory must be absolute", where=str(at))
     try:
+        if at.is_symlink():
+            # The kernel would mount on what it leads to, and not unmount by its name.
+            raise InvalidInputError(
+                "the directory is a symbolic link", where=str(at), next_step="name the directory itself"
+            )
         at.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
         if any(at.iterdir()):
             raise InvalidInputError(

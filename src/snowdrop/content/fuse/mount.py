@@ -87,6 +87,7 @@ def unmount_tree(at: Path) -> None:
 
 def mounted_trees(below: Path) -> list[MountedTree]:
     """Our mounts at `below` or inside it, dead ones too. Asks the mounts themselves nothing, so it cannot hang."""
+    below = _real(below)
     found: list[MountedTree] = []
     # Not by `splitlines`: of the characters that it splits at, the kernel escapes none but the newline.
     for line in MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]:
@@ -102,7 +103,7 @@ def set_read_ahead(at: Path) -> bool:
     """Has the kernel read READ_AHEAD_BYTES ahead on the mount at `at`. Only root may; returns whether it was
     done."""
     for tree in mounted_trees(at):
-        if tree.path == at:
+        if tree.path == _real(at):
             try:
                 Path(f"/sys/class/bdi/{tree.device}/read_ahead_kb").write_text(str(READ_AHEAD_BYTES >> 10))
             except OSError:
@@ -144,6 +145,11 @@ def _mount_with_helper(at: Path) -> int:
         raise OSError(errno.EPROTO, f"{_HELPER} sent no descriptor")
     os.set_inheritable(fds[0], False)
     return fds[0]
+
+
+def _real(at: Path) -> Path:
+    """As the kernel lists it. The last part is not looked at: a mount that nobody serves would not answer."""
+    return at.parent.resolve() / at.name
 
 
 def _unescaped(text: str) -> str:
