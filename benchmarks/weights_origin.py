@@ -158,7 +158,7 @@ def peers_of(place: Place, own: argparse.Namespace, missing: dict[str, str]) -> 
         return lambda _: Peer(name, "runai", "runai", files=remote, concurrency=concurrency)
 
     made: list[Contestant] = []
-    for make in (runai(2), runai(8), boto3, awscrt, hub):
+    for make in (runai(2), boto3, awscrt, hub):
         peer = make(place.scratch)
         peer.env = place.aws()
         if loading.able([peer], own, missing):
