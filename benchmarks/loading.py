@@ -98,7 +98,7 @@ def settings(
     return DataPlaneSettings(
         origin_url=origin_url,
         cache_directory=str(cache),
-        ram_bytes_max=models * room,
+        ram_bytes_max=models * room + SLAB_BYTES,
         pool_bytes=room,
         disk_bytes_max=(models + 1) * model.total_bytes + SLAB_BYTES if disk else 1 << 20,
         fetch_threads=FETCH_THREADS,
