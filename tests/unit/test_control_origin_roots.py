@@ -205,3 +205,12 @@ async def test_after_a_restart_everything_is_said_at_the_origin_again(bench: Ben
 def test_a_platform_keeps_its_name(tmp_path: Path) -> None:
     made = platform_id(tmp_path / "keys" / "platform")
     assert platform_id(tmp_path / "keys" / "platform") == made
+
+
+def test_a_name_that_was_lost_is_made_anew_and_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "platform"
+    path.write_text("\n")
+    made = platform_id(path)
+    assert made
+    assert platform_id(path) == made
+    assert [entry.name for entry in tmp_path.iterdir()] == ["platform"]

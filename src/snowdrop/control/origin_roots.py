@@ -6,9 +6,11 @@ that a collection by another platform on the same origin never takes something t
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -189,10 +191,16 @@ def _root(artefact: ArtefactRef) -> Root:
 
 def platform_id(path: Path) -> str:
     """This platform's own name among those that share an origin; made once."""
-    try:
-        return path.read_text().strip()
-    except FileNotFoundError:
-        made = fresh_id("platform")
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.write_text(made + "\n")
-        return made
+    with suppress(FileNotFoundError):
+        # Empty after a loss of power: another name keeps everything that the lost one named.
+        if found := path.read_text().strip():
+            return found
+    made = fresh_id("platform")
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f"{path.name}.{fresh_id('new')}")
+    with temporary.open("w") as file:
+        file.write(made + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    return made

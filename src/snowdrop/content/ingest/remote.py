@@ -98,7 +98,7 @@ class Attempts:
                     raise UnavailableError(
                         f"source: {error} ({decision.reason})",
                         where=f"{where}: {decision.bound}",
-                        next_step="run the same command again: what is at the origin already is kept",
+                        next_step="see that the source can be reached, then run the command again: it goes on",
                         retry_after_s=error.retry_after_s,
                     ) from error
                 history = decision.history
