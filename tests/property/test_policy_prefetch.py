@@ -3,7 +3,17 @@ from collections.abc import Iterable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snowdrop.policy.prefetch import LATER, RANKS, URGENT, WANTED, FetchOrder, load_order, pace_of
+from snowdrop.policy.prefetch import (
+    EASY_RUN_BYTES,
+    LATER,
+    RANKS,
+    TAIL_RUNS,
+    URGENT,
+    WANTED,
+    FetchOrder,
+    load_order,
+    pace_of,
+)
 
 CHUNKS = 30
 chunk_lists = st.lists(st.integers(0, CHUNKS - 1), max_size=CHUNKS)
@@ -89,9 +99,15 @@ def test_what_was_forgotten_is_no_longer_wanted_and_a_rewind_starts_over() -> No
 def test_the_pace_never_falls_and_never_exceeds_what_the_link_wants(
     brought: int, elapsed_s: float, runs: int, wanted: int
 ) -> None:
-    pace = pace_of(brought, elapsed_s, runs, wanted)
+    pace = pace_of(brought, 1 << 30, elapsed_s, runs, wanted)
     assert 0 < pace.run_bytes_max <= wanted
     assert pace.runs_max > 0
-    later = pace_of(brought, elapsed_s + 1, runs + 1, wanted)
+    later = pace_of(brought, 1 << 30, elapsed_s + 1, runs + 1, wanted)
     assert later.runs_max >= pace.runs_max
     assert later.run_bytes_max == wanted
+
+
+@given(st.integers(0, 1 << 30), st.integers(1 << 20, 16 << 20))
+def test_the_last_bytes_are_cut_into_many_runs(left: int, wanted: int) -> None:
+    pace = pace_of(1 << 30, left, 1.0, 100, wanted)
+    assert pace.run_bytes_max == min(wanted, EASY_RUN_BYTES) or pace.run_bytes_max * TAIL_RUNS <= left

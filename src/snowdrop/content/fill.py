@@ -1,6 +1,6 @@
 """One artefact's chunks on their way to their places: what is due, from where, for whom.
 
-A chunk has up to two places: the landing area (all of its stretches) and the landing directory. It is read once
+A chunk has up to two places, the landing area (all of its stretches) and the landing directory, and is read once
 for both. All methods but `carry` and `wake` are called with the engine's lock held.
 """
 
@@ -18,12 +18,12 @@ from snowdrop.content.area import Area
 from snowdrop.content.landing import Landing
 from snowdrop.content.placement import READ_BYTES_MAX, AreaLayout
 from snowdrop.content.progress import FillState
-from snowdrop.content.runs import Awaited, Outcome, Reader, Run, Ticket
+from snowdrop.content.runs import Awaited, Outcome, Paced, Reader, Run, Ticket
 from snowdrop.content.source import ChunkSource, Tier, wrong_chunk
 from snowdrop.domain.errors import CorruptContentError, IntegrityError, ReadCancelledError, SnowdropError
 from snowdrop.domain.ids import DEFAULT_TENANT, TenantId
 from snowdrop.domain.manifest import Manifest
-from snowdrop.policy.prefetch import LATER, URGENT, WANTED, FetchOrder, load_order, pace_of
+from snowdrop.policy.prefetch import LATER, URGENT, WANTED, FetchOrder, load_order
 
 WRONG_READS_MAX = 3
 """So often a chunk may come wrong from the last source: bytes get damaged on their way."""
@@ -66,9 +66,7 @@ class Fill:
         self._landing_goal = bytearray(len(manifest.chunks))
         self._wrong_reads: Counter[int] = Counter()
         self._area_error: SnowdropError | None = None
-        self._runs_done = 0
-        self._origin_bytes = 0
-        self._began_s = 0.0
+        self._paced = Paced(layout.size)
         self._wake_lock = threading.Lock()
 
     # --- who wants what -----------------------------------------------------------------------------------
@@ -89,7 +87,7 @@ class Fill:
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is under way or may be taken next."""
+        """Whether something is under way or due."""
         return self.flights > 0 or self.is_wanted
 
     @property
@@ -168,9 +166,9 @@ class Fill:
     # --- what is next -------------------------------------------------------------------------------------
 
     def next_run(self, has_room: Callable[[Tier, int], bool], origin_bytes_max: int) -> Run | None:
-        """Takes the next run; `has_room` says whether one more may be read from a tier for this fill.
+        """Takes the next run, from the last source of `origin_bytes_max` at most or one chunk.
 
-        A run from the last source is of `origin_bytes_max` at most, or one chunk.
+        `has_room` says whether one more may be read from a tier for this fill.
         """
         if not self.is_wanted:
             return None
@@ -181,8 +179,7 @@ class Fill:
         source = self._source_of(chunk)
         limit, spare = READ_BYTES_MAX, 1
         if source.tier == "origin":
-            self._began_s = self._began_s or time.monotonic()
-            pace = pace_of(self._origin_bytes, time.monotonic() - self._began_s, self._runs_done, origin_bytes_max)
+            pace = self._paced.now(origin_bytes_max)
             limit, spare = pace.run_bytes_max, pace.runs_max - self.flights
         if not has_room(source.tier, spare):
             return None
@@ -311,8 +308,7 @@ class Fill:
     def finish(self, run: Run, outcome: Outcome) -> None:
         """Books a run that `carry` has carried."""
         self.flights -= 1
-        self._runs_done += 1
-        self._origin_bytes += run.length if run.source.tier == "origin" else 0
+        self._paced.ended(run)
         self._in_flight[run.first : run.first + run.count] = bytes(run.count)
         bad = set(outcome.bad)
         good = [chunk for chunk in range(run.first, run.first + run.count) if chunk not in bad]

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from snowdrop.content.area import Area
 from snowdrop.content.source import ChunkSource, Tier
 from snowdrop.domain.errors import SnowdropError
-from snowdrop.policy.prefetch import URGENT
+from snowdrop.policy.prefetch import URGENT, Pace, pace_of
 
 Place = Literal["area", "landing"]
 
@@ -82,3 +82,25 @@ class Outcome:
     bad: list[int]
     error: SnowdropError | None = None
     landing_error: SnowdropError | None = None
+
+
+class Paced:
+    """How a fill of `size_bytes` has gone so far, for the pace at which it asks the origin."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+        self._origin_bytes = 0
+        self._runs = 0
+        self._began_s = 0.0
+
+    def now(self, run_bytes_max: int) -> Pace:
+        """The pace of the next run; the first question begins the load."""
+        self._began_s = self._began_s or time.monotonic()
+        elapsed_s = time.monotonic() - self._began_s
+        left_bytes = max(0, self._size_bytes - self._origin_bytes)
+        return pace_of(self._origin_bytes, left_bytes, elapsed_s, self._runs, run_bytes_max)
+
+    def ended(self, run: Run) -> None:
+        """A run has ended, well or not."""
+        self._runs += 1
+        self._origin_bytes += run.length if run.source.tier == "origin" else 0

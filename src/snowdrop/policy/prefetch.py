@@ -22,8 +22,10 @@ EASY_S_MAX = 0.5
 the link with bytes far behind it."""
 EASY_RUNS_MAX = 4
 EASY_RUN_BYTES = 4 << 20
-START_RUNS = 2
+START_RUNS = 4
 """At once at the very start; one more with each that has come."""
+TAIL_RUNS = 16
+"""What is left is cut into so many runs: connections are not served evenly, and the last one is waited for."""
 
 _STALE_MAX = 1024
 """Outdated entries that a queue may hold beside one for each chunk."""
@@ -107,9 +109,10 @@ class Pace(NamedTuple):
     run_bytes_max: int
 
 
-def pace_of(brought_bytes: int, elapsed_s: float, runs_done: int, run_bytes_max: int) -> Pace:
+def pace_of(brought_bytes: int, left_bytes: int, elapsed_s: float, runs_done: int, run_bytes_max: int) -> Pace:
     """The pace after `brought_bytes` in `elapsed_s`; `run_bytes_max` is what the link wants."""
     runs_max = START_RUNS + runs_done
+    short = min(run_bytes_max, EASY_RUN_BYTES)
     if brought_bytes < EASY_BYTES and elapsed_s < EASY_S_MAX:
-        return Pace(min(runs_max, EASY_RUNS_MAX), min(run_bytes_max, EASY_RUN_BYTES))
-    return Pace(runs_max, run_bytes_max)
+        return Pace(min(runs_max, EASY_RUNS_MAX), short)
+    return Pace(runs_max, min(run_bytes_max, max(short, left_bytes // TAIL_RUNS)))

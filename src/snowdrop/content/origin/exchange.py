@@ -82,6 +82,7 @@ class Exchange:
         self.ignored_range = False
         self.started_s = self.moved_s = now_s
         self.first_byte_s = 0.0
+        self.total_bytes = -1  # of the whole object, if the answer says
         self._offset = offset
         self._into = into
         self._unsent = memoryview(_request(located, offset, len(into)))
@@ -232,11 +233,13 @@ class Exchange:
             self._expected = got.last - got.first + 1
             if length != self._expected:
                 raise GarbledError(f"content-length {length} for a range of {self._expected} bytes")
+            self.total_bytes = got.total
             if self._expected < wanted and got.total == got.last + 1:
                 raise TooShortError(got.total)
             self._keep = True
             return
         self.ignored_range = True
+        self.total_bytes = length
         if length < self._offset + wanted:
             raise TooShortError(length)
         self._skip = self._offset

@@ -62,6 +62,7 @@ class Race:
     def __init__(self, course: RaceCourse, located: Located, offset: int, into: memoryview) -> None:
         self.moved = 0
         self.first_byte_s = 0.0
+        self.total_bytes = -1
         self._pool, self._limits, self._record = course
         self._located = located
         self._offset = offset
@@ -179,6 +180,7 @@ class Race:
     def _finish(self, won: _Lane) -> None:
         exchange = won.exchange
         self.first_byte_s = exchange.first_byte_s - exchange.started_s
+        self.total_bytes = exchange.total_bytes
         if won.scratch is not None:
             end = won.base + exchange.done
             self._into[won.base : end] = won.scratch[: exchange.done]

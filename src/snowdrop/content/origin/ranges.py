@@ -11,7 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -68,6 +68,13 @@ class ReadLimits(msgspec.Struct, frozen=True, kw_only=True):
     race: RaceLimits = RaceLimits()
 
 
+class Answered(NamedTuple):
+    """What the last answer of a read was: seconds to its first byte, bytes of the whole object or -1."""
+
+    first_byte_s: float
+    total_bytes: int
+
+
 class RangeReader:
     """Reads ranges of the objects of one origin. Thread-safe; `pause` and `draw` are replaced in tests."""
 
@@ -104,17 +111,23 @@ class RangeReader:
             self._steer.began()
         done, first_byte_s = 0, 0.0
         try:
-            first_byte_s = self._read(key, offset, into)
+            first_byte_s = self._read(key, offset, into).first_byte_s
             done = len(into)
         finally:
             if self._steer is not None:
                 self._steer.ended(done, first_byte_s, throttled=self._record.counts.throttled - before)
 
-    def _read(self, key: str, offset: int, into: memoryview) -> float:
-        """Seconds that the last answer's first byte took."""
+    def total_bytes(self, key: str) -> int:
+        """The object's length, from the answer to a read of its first byte; -1 if that does not say.
+
+        The bytes asked for next come over the same connection. Raises as `read`, IntegrityError if it is empty.
+        """
+        return self._read(key, 0, memoryview(bytearray(1))).total_bytes
+
+    def _read(self, key: str, offset: int, into: memoryview) -> Answered:
         history = ReadHistory(started_s=time.monotonic())
         done = redirects = 0
-        first_byte_s = 0.0
+        answered = Answered(0.0, -1)
         renewed = False
         located = self._urls.locate(key)
         while done < len(into):
@@ -123,7 +136,7 @@ class RangeReader:
             try:
                 race.run(until_s)
                 done += race.moved
-                first_byte_s = race.first_byte_s
+                answered = Answered(race.first_byte_s, race.total_bytes)
                 if done < len(into):
                     less = FailedError("truncated", "it gives fewer bytes than asked for")
                     history = self._after(key, history, less, race.moved)
@@ -147,7 +160,7 @@ class RangeReader:
             except CancelledReadError as error:
                 raise self._cancelled(key) from error
         self._record.count(bytes=len(into))
-        return first_byte_s
+        return answered
 
     def close(self) -> None:
         self._pool.close()
