@@ -157,6 +157,11 @@ class _Exchange:
                 where=f"replica {self._granted.replica}",
                 next_step="send it again if that is safe; `snowdrop logs` shows the replica's last words",
             )
+            if (
+                body.whole is not None
+            ):  # otherwise the upload may have broken off, which says nothing of the replica
+                # Its socket may still take connections while it dies: those who wait are not sent there now.
+                self.hand_back_unreachable(str(error))
             return await self._failed(died, error)
 
     def _headers_up(self) -> CIMultiDict[str]:
