@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import logging
 import os
 import signal
 import socket
@@ -23,6 +22,7 @@ import msgspec
 from snowdrop.domain.errors import SnowdropError
 from snowdrop.domain.layout import StateLayout
 from snowdrop.domain.settings import Settings
+from snowdrop.telemetry.logs import configure_logs
 
 _PR_SET_PDEATHSIG = 1
 FLUSH_S_MAX = 5.0
@@ -45,7 +45,6 @@ def main() -> int:
     parser.add_argument("--lock-fd", type=int, default=-1)
     parser.add_argument("--worker", default="worker-0")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # A terminal's Ctrl-C is for `up` or the supervisor, which stop the others in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if arguments.process != "supervise":
@@ -53,6 +52,7 @@ def main() -> int:
     os.set_inheritable(arguments.ready_fd, False)
     layout = StateLayout(Path(arguments.state))
     settings = msgspec.json.decode(layout.settings.read_bytes(), type=Settings)
+    configure_logs(settings.logs, arguments.process)
     run: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
         "supervise": lambda: _supervise(layout, settings, arguments),
         "control": lambda: _control(layout, settings, arguments),

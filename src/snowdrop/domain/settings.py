@@ -5,7 +5,7 @@ Every number has its unit in its name. Ports of 0 mean: let the system choose (t
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -21,6 +21,7 @@ Period = Annotated[float, msgspec.Meta(ge=0.01, le=3_600)]
 Grace = Annotated[float, msgspec.Meta(ge=0, le=31_536_000)]
 """How long garbage is kept: up to a year."""
 Bound = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+Ratio = Annotated[float, msgspec.Meta(ge=0, le=1)]
 NodeName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Uid = Annotated[int, msgspec.Meta(ge=1_000, le=2_000_000_000)]
 
@@ -99,6 +100,24 @@ class ContentSettings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the platform's processes write to their logs, and which requests get a line there."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    requests: Literal["none", "errors", "all"] = "errors"
+
+
+class TracingSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Traces by OTLP over HTTP to a collector's base address; empty is off.
+
+    `sample_ratio` is for requests that come without a trace; for others it is their caller's word.
+    """
+
+    otlp_endpoint: str = ""
+    sample_ratio: Ratio = 0.01
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All groups. `state` is the folder that holds everything the platform writes."""
 
@@ -107,3 +126,5 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     control: ControlSettings = ControlSettings()
     agent: AgentSettings = AgentSettings()
     content: ContentSettings = ContentSettings()
+    logs: LogSettings = LogSettings()
+    tracing: TracingSettings = TracingSettings()

@@ -1,0 +1,1 @@
+"""What the platform tells those who run it: request records, traces, structured logs, metrics."""
