@@ -31,6 +31,7 @@ from snowdrop.domain.ids import NodeId, fresh_id
 from snowdrop.domain.layout import StateLayout
 from snowdrop.domain.settings import AgentSettings, Settings
 from snowdrop.metering.journal import UsageJournal
+from snowdrop.telemetry.tracing import open_tracing
 from snowdrop.wire.http import serving_unix
 
 MEMORY_KEPT_SHARE = 0.1
@@ -52,11 +53,9 @@ async def run_agent(
     """Runs until stopped; then drains every replica within `agent.stop_s_max`."""
     raise_descriptor_limit()
     agent = settings.agent
-    # Of the whole path: another platform on this machine must not be taken for an earlier life of this one.
-    place = hashlib.sha256(str(layout.root).encode()).hexdigest()
-    limits = detect_limits(f"{agent.node}-{place[:12]}")
-    launcher = make_launcher(agent, limits, uid_slot=int(place[:4], 16) % UID_SLOTS)
+    limits, launcher = _isolation(layout, agent)
     _sweep_sockets(layout.sockets)
+    tracing = open_tracing(settings.tracing)
     journal = UsageJournal(layout.journal, NodeId(agent.node))
     node = Node(journal, usage_tick_s=agent.usage_tick_s)
 
@@ -78,9 +77,10 @@ async def run_agent(
         logs=layout.replica_logs,
         settings=agent,
         on_change=node.on_change,
+        tracing=tracing,
     )
-    record = node_record(agent, launcher)
-    link = AgentLink(str(layout.link_socket), str(layout.agent_socket), record, fresh_id("inc"))
+    sockets = (str(layout.link_socket), str(layout.agent_socket))
+    link = AgentLink(*sockets, node_record(agent, launcher), fresh_id("inc"))
     api = build_agent_api(layout.replica_logs, node.is_living, keeper.current)
     add_mount_routes(api, mounts)
     try:
@@ -98,8 +98,17 @@ async def run_agent(
             await mounts.close()
             background.cancel_scope.cancel()
     finally:
+        tracing.close()
         journal.close()
         limits.sweep()  # the groups of this life are empty now; they are not left for the next one
+
+
+def _isolation(layout: StateLayout, agent: AgentSettings) -> tuple[LimitBackend, Launcher]:
+    """How replicas are bounded and confined, under names and uids of this platform alone."""
+    # Of the whole path: another platform on this machine must not be taken for an earlier life of this one.
+    place = hashlib.sha256(str(layout.root).encode()).hexdigest()
+    limits = detect_limits(f"{agent.node}-{place[:12]}")
+    return limits, make_launcher(agent, limits, uid_slot=int(place[:4], 16) % UID_SLOTS)
 
 
 def data_plane_settings(layout: StateLayout, settings: Settings) -> DataPlaneSettings:

@@ -13,6 +13,7 @@ from snowdrop.agent.sandbox.launcher import Launcher
 from snowdrop.domain.ids import NodeId
 from snowdrop.domain.replica import ReplicaKey, ReplicaReport
 from snowdrop.domain.settings import AgentSettings
+from snowdrop.telemetry.tracing import NoTracing, Tracing
 
 LOGS_KEPT_MAX = 20
 """Log files kept per deployment; the oldest go when a new replica starts."""
@@ -30,6 +31,12 @@ class NodeContext(msgspec.Struct, frozen=True, kw_only=True):
     logs: Path
     settings: AgentSettings
     on_change: Callable[[ReplicaReport], None]
+    tracing: Tracing = NoTracing()
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether spans have anywhere to go, so that a replica need not tell of them otherwise."""
+        return not isinstance(self.tracing, NoTracing)
 
     def socket_path(self, key: ReplicaKey) -> Path:
         return self.sockets / f"{key.replica}.sock"

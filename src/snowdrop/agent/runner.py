@@ -16,6 +16,7 @@ import msgspec
 
 from snowdrop.agent.context import NodeContext
 from snowdrop.agent.sandboxed import Sandboxed, replica_content
+from snowdrop.agent.traces import ReplicaTraces
 from snowdrop.domain.errors import ErrorBody, ReplicaDiedError, SnowdropError, TimedOutError
 from snowdrop.domain.receipt import ContentBytes, Span
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
@@ -28,6 +29,7 @@ from snowdrop.wire.replica import (
     Imported,
     Ready,
     RenewModel,
+    SpansDone,
     StageFailed,
     WaitForDirectory,
 )
@@ -56,6 +58,7 @@ class ReplicaRunner:
         self._machine = ReplicaMachine()
         self._send, self._events = anyio.create_memory_object_stream[Happened](EVENTS_MAX)
         self._sandboxed = Sandboxed(order, context)
+        self._traces = ReplicaTraces(context.tracing, order.key)
         self._content_scope = anyio.CancelScope()
         self._says_ready = anyio.Event()
         self._is_filled = anyio.Event()
@@ -260,6 +263,8 @@ class ReplicaRunner:
             tasks.start_soon(self._sandboxed.answer_directory, message.model)
         elif isinstance(message, RenewModel):
             tasks.start_soon(self._sandboxed.answer_renewal, message.model)
+        elif isinstance(message, SpansDone):
+            self._traces.finished(message)
         elif isinstance(message, Drained):
             pass  # its exit follows and closes the case
 

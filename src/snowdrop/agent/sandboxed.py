@@ -322,8 +322,7 @@ class Sandboxed:
             content = self._models[bound.name]
             directory = visible(Mount(source=content.directory, target=f"{MODELS_TARGET}/{bound.name}"))
             handle, more = model_handle(bound, directory, content, first_fd=len(fds))
-            handles.append(handle)
-            fds += more
+            handles, fds = [*handles, handle], [*fds, *more]
         boot = Boot(
             version=PROTOCOL_VERSION,
             key=self._order.key,
@@ -331,6 +330,7 @@ class Sandboxed:
             code_directory=visible(Mount(source=self._code.directory, target=CODE_TARGET)),
             models=tuple(handles),
             env=revision.spec.env,
+            tracing=self._context.is_tracing,
         )
         with suppress(OSError):  # it died already: its exit says so
             await self._channel.send(boot, tuple(fds))

@@ -4,6 +4,7 @@ Format: W3C Trace Context (https://www.w3.org/TR/trace-context/), version 00.
 """
 
 import re
+from contextvars import ContextVar
 from typing import Protocol
 
 import msgspec
@@ -70,6 +71,10 @@ def begin_trace(
         sampled=sampled,
         state=state if len(state) <= TRACESTATE_CHARS_MAX else "",
     )
+
+
+CURRENT_TRACE: ContextVar[TraceContext | None] = ContextVar("snowdrop_current_trace", default=None)
+"""The trace of the request that this code works on, for calls that it makes in turn; None outside of one."""
 
 
 class TraceSpan(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ import anyio.to_thread
 
 from snowdrop.domain.errors import TimedOutError
 from snowdrop.domain.receipt import Span
+from snowdrop.domain.trace import TraceSpan
 from snowdrop.replica.app import build_service
 from snowdrop.replica.link import AgentLink
 from snowdrop.replica.load import load_class
@@ -41,6 +42,7 @@ from snowdrop.replica.stages import (
     TellImported,
     TellReady,
 )
+from snowdrop.replica.tracing import SpanTeller, Traced
 from snowdrop.replica.userfault import UserRaised, stage_error
 from snowdrop.weights.loaded import LoadedModel
 from snowdrop.wire.replica import Boot, Drain, Drained, Imported, ModelHandle, Ready, StageFailed
@@ -102,7 +104,7 @@ class Runtime:
 
     async def _live(self, servable: Servable) -> int:
         self._servable = servable
-        self._server = HttpServer(servable)
+        self._server = HttpServer(Traced(servable, self._span_sink()))
         self._events, events = anyio.create_memory_object_stream[Event](EVENTS_MAX)
         with self._events, events:
             async with anyio.create_task_group() as self._group:
@@ -113,6 +115,14 @@ class Runtime:
                     for instruction in self._lifecycle.handle(event):
                         await self._carry_out(instruction)
         return self._exit_code
+
+    def _span_sink(self) -> Callable[[TraceSpan], None]:
+        """Where the spans of sampled requests go: to the agent, or nowhere if the platform sends no traces."""
+        if not self._boot.tracing:
+            return lambda _span: None
+        teller = SpanTeller(self._link.send)
+        teller.start()
+        return teller.add
 
     def _drain_poster(self) -> Callable[[Drain], None]:
         loop = asyncio.get_running_loop()

@@ -12,7 +12,11 @@ from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.receipt import Span
 from snowdrop.domain.replica import ReplicaKey
 from snowdrop.domain.service import ServiceSpec
+from snowdrop.domain.trace import TraceSpan
 from snowdrop.wire.codec import Codec, Message
+
+SPANS_MAX = 64
+"""Spans in one packet, which has a bound of its own."""
 
 
 class AreaFile(msgspec.Struct, frozen=True, array_like=True):
@@ -61,6 +65,7 @@ class Boot(Message, frozen=True, kw_only=True):
     code_directory: str
     models: tuple[ModelHandle, ...] = ()
     env: dict[str, str] = msgspec.field(default_factory=dict)
+    tracing: bool = False
 
 
 class WaitForDirectory(Message, frozen=True, kw_only=True):
@@ -108,6 +113,13 @@ class Ready(Message, frozen=True, kw_only=True):
     spans: tuple[Span, ...]
 
 
+class SpansDone(Message, frozen=True, kw_only=True):
+    """Replica -> agent: spans of sampled requests, at most SPANS_MAX. `dropped` came too fast to be kept."""
+
+    spans: tuple[TraceSpan, ...]
+    dropped: int = 0
+
+
 class StageFailed(Message, frozen=True, kw_only=True):
     """Replica -> agent, before it exits: a stage raised. `stage` is boot, import, startup or shutdown."""
 
@@ -126,7 +138,7 @@ class Drained(Message, frozen=True, kw_only=True):
 
 
 ToReplica = Boot | DirectoryReady | ModelRenewed | Drain
-FromReplica = WaitForDirectory | RenewModel | Booted | Imported | Ready | StageFailed | Drained
+FromReplica = SpansDone | WaitForDirectory | RenewModel | Booted | Imported | Ready | StageFailed | Drained
 
 TO_REPLICA: Codec[ToReplica] = Codec(ToReplica)
 FROM_REPLICA: Codec[FromReplica] = Codec(FromReplica)
