@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from snowdrop.sdk.api import QueueSpec as QueueSpec
     from snowdrop.sdk.api import ResourceSpec as ResourceSpec
     from snowdrop.sdk.api import Scale as Scale
+    from snowdrop.sdk.api import Schedule as Schedule
     from snowdrop.sdk.api import cancelled as cancelled
     from snowdrop.sdk.api import endpoint as endpoint
     from snowdrop.sdk.api import service as service
@@ -27,6 +28,7 @@ _SDK_NAMES = frozenset(
         "QueueSpec",
         "ResourceSpec",
         "Scale",
+        "Schedule",
         "cancelled",
         "endpoint",
         "service",

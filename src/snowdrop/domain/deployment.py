@@ -6,7 +6,8 @@ import msgspec
 
 from snowdrop.domain.ids import DeploymentName, Digest, ModelName, RevisionId, TenantId
 from snowdrop.domain.manifest import ArtefactRef
-from snowdrop.domain.service import Scale, ServiceSpec
+from snowdrop.domain.scale import Scale, ScaleBounds
+from snowdrop.domain.service import ServiceSpec
 
 
 class BoundModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +42,8 @@ class DeploymentHealth(StrEnum):
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """A named, tenant-owned serving target. `generation` grows with each write and fences stale ones.
 
-    `scale` overrides the revision's own when set with `snowdrop scale`.
+    `scale` overrides the revision's own when set with `snowdrop scale`; `revision_bounds` bounds single revisions
+    within it.
     """
 
     tenant: TenantId
@@ -50,6 +52,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     created_unix_ns: int
     scale: Scale | None = None
+    revision_bounds: dict[RevisionId, ScaleBounds] = msgspec.field(default_factory=dict)
     deleting: bool = False
 
 

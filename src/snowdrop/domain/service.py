@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from snowdrop.domain.errors import InvalidInputError
+from snowdrop.domain.require import require
+from snowdrop.domain.scale import Scale as Scale  # noqa: PLC0414 -- part of what a service says
+from snowdrop.domain.scale import Schedule as Schedule  # noqa: PLC0414
 
 SERVICE_ATTRIBUTE = "__snowdrop_service__"
 """Class attribute under which the decorator leaves the ServiceSpec."""
@@ -17,38 +19,6 @@ STAGE_ATTRIBUTE = "__snowdrop_stage__"
 """Function attribute that marks a startup, endpoint or shutdown method."""
 
 CONCURRENCY_MAX = 10_000
-REPLICAS_MAX = 1_000
-
-
-def _require(ok: bool, where: str, rule: str) -> None:
-    if not ok:
-        raise InvalidInputError(f"{where} is out of range", where=where, next_step=f"allowed: {rule}")
-
-
-class Scale(msgspec.Struct, frozen=True, kw_only=True):
-    """How far and how fast a deployment scales. Times in seconds, counts in replicas.
-
-    `target` is the concurrency that scaling aims at per replica, as a fraction of the service's `concurrency`
-    (the hard limit); `idle_s` is how long without any request before the last replica goes.
-    """
-
-    min: int = 0
-    max: int = 1
-    idle_s: float = 60.0
-    target: float = 0.7
-    stable_window_s: float = 60.0
-    panic_window_s: float = 6.0
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.min <= self.max, "scale.min", f"0 <= min <= max, got min={self.min} max={self.max}")
-        _require(1 <= self.max <= REPLICAS_MAX, "scale.max", f"1 <= max <= {REPLICAS_MAX}, got {self.max}")
-        _require(self.idle_s >= 0, "scale.idle_s", f"at least 0, got {self.idle_s}")
-        _require(0 < self.target <= 1, "scale.target", f"0 < target <= 1, got {self.target}")
-        _require(
-            0 < self.panic_window_s <= self.stable_window_s <= 3600,
-            "scale.panic_window_s",
-            "0 < panic_window_s <= stable_window_s <= 3600",
-        )
 
 
 class QueueSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,9 +29,9 @@ class QueueSpec(msgspec.Struct, frozen=True, kw_only=True):
     request_s_max: float = 3_600.0
 
     def __post_init__(self) -> None:
-        _require(1 <= self.length_max <= 1_000_000, "queue.length_max", "1 to 1,000,000")
-        _require(0 < self.wait_s_max <= 86_400, "queue.wait_s_max", "more than 0, at most 86,400 s")
-        _require(0 < self.request_s_max <= 86_400, "queue.request_s_max", "more than 0, at most 86,400 s")
+        require(1 <= self.length_max <= 1_000_000, "queue.length_max", "1 to 1,000,000")
+        require(0 < self.wait_s_max <= 86_400, "queue.wait_s_max", "more than 0, at most 86,400 s")
+        require(0 < self.request_s_max <= 86_400, "queue.request_s_max", "more than 0, at most 86,400 s")
 
 
 class ResourceSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,10 +43,10 @@ class ResourceSpec(msgspec.Struct, frozen=True, kw_only=True):
     tmp_bytes_max: int = 1 << 30
 
     def __post_init__(self) -> None:
-        _require(self.memory_bytes_max >= 64 << 20, "resources.memory_bytes_max", "at least 64 MiB")
-        _require(0 < self.cpus <= 1024, "resources.cpus", "more than 0, at most 1024")
-        _require(16 <= self.pids_max <= 100_000, "resources.pids_max", "16 to 100,000")
-        _require(self.tmp_bytes_max >= 1 << 20, "resources.tmp_bytes_max", "at least 1 MiB")
+        require(self.memory_bytes_max >= 64 << 20, "resources.memory_bytes_max", "at least 64 MiB")
+        require(0 < self.cpus <= 1024, "resources.cpus", "more than 0, at most 1024")
+        require(16 <= self.pids_max <= 100_000, "resources.pids_max", "16 to 100,000")
+        require(self.tmp_bytes_max >= 1 << 20, "resources.tmp_bytes_max", "at least 1 MiB")
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -144,12 +114,12 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     endpoints: tuple[EndpointSpec, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             1 <= self.concurrency <= CONCURRENCY_MAX,
             "concurrency",
             f"1 to {CONCURRENCY_MAX}, got {self.concurrency}",
         )
-        _require(0 < self.startup_s_max <= 86_400, "startup_s_max", "more than 0, at most 86,400 s")
-        _require(0 < self.import_s_max <= 3_600, "import_s_max", "more than 0, at most 3,600 s")
-        _require(0 < self.drain_s_max <= 86_400, "drain_s_max", "more than 0, at most 86,400 s")
-        _require(len(self.accelerator) > 0, "accelerator", 'at least one, for example ["cpu"]')
+        require(0 < self.startup_s_max <= 86_400, "startup_s_max", "more than 0, at most 86,400 s")
+        require(0 < self.import_s_max <= 3_600, "import_s_max", "more than 0, at most 3,600 s")
+        require(0 < self.drain_s_max <= 86_400, "drain_s_max", "more than 0, at most 86,400 s")
+        require(len(self.accelerator) > 0, "accelerator", 'at least one, for example ["cpu"]')

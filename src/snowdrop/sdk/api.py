@@ -28,6 +28,7 @@ from snowdrop.domain.service import (
     QueueSpec,
     ResourceSpec,
     Scale,
+    Schedule,
 )
 from snowdrop.sdk.schema import Mark, build_spec, check_path
 
@@ -37,6 +38,7 @@ __all__ = [
     "QueueSpec",
     "ResourceSpec",
     "Scale",
+    "Schedule",
     "cancelled",
     "endpoint",
     "service",

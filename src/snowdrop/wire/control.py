@@ -12,7 +12,7 @@ from snowdrop.domain.deployment import NodeRecord, Revision
 from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.ids import DeploymentName, NodeId, ReceiptId, ReplicaId, RevisionId, TenantId
 from snowdrop.domain.receipt import CallerTimes, ContentBytes, Span
-from snowdrop.domain.replica import ReplicaKey, ReplicaReport
+from snowdrop.domain.replica import ReplicaKey, ReplicaReport, ReplicaState
 from snowdrop.domain.service import QueueSpec
 from snowdrop.domain.usage import UsageRecord
 from snowdrop.wire.codec import Codec, Message
@@ -76,7 +76,8 @@ class DeploymentLoad(msgspec.Struct, frozen=True, kw_only=True):
     """What one gateway holds for one deployment at this instant, and how many requests came since start.
 
     `peak` is the highest in-flight + queued since the last report, so that a burst between two is not lost;
-    `busy` has the requests in flight by replica, without those that have none.
+    `busy` has the requests in flight by replica, without those that have none. `done` requests gave their slot
+    back since start, after `slot_s` seconds in all; those in flight now have had theirs for `running_s` in all.
     """
 
     tenant: TenantId
@@ -87,6 +88,9 @@ class DeploymentLoad(msgspec.Struct, frozen=True, kw_only=True):
     arrived: int
     refused: int
     busy: dict[ReplicaId, int] = msgspec.field(default_factory=dict)
+    done: int = 0
+    slot_s: float = 0.0
+    running_s: float = 0.0
 
 
 class GatewayHello(Message, frozen=True, kw_only=True):
@@ -142,10 +146,21 @@ class ReplicaRoute(msgspec.Struct, frozen=True, kw_only=True):
     content: ContentBytes = ContentBytes()
 
 
+class StartingReplica(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica on its way: since when, and how far it is."""
+
+    replica: ReplicaId
+    revision: RevisionId
+    state: ReplicaState
+    ordered_unix_ns: int
+
+
 class DeploymentRoute(msgspec.Struct, frozen=True, kw_only=True):
     """All a gateway needs to know of a deployment. With `refusal`, waiting and new requests get that error.
 
-    `start_s` is how long the last start took, 0 if none has ended well yet.
+    `start_s` is how long a start takes by what was seen (the median of the latest), `start_high_s` what nine of
+    ten stay below, `service_s` how long a request holds its slot; 0 if not known. `coming` are the replicas that
+    `starting` counts, the oldest first.
     """
 
     tenant: TenantId
@@ -157,6 +172,9 @@ class DeploymentRoute(msgspec.Struct, frozen=True, kw_only=True):
     starting: int
     replicas_max: int
     start_s: float = 0.0
+    start_high_s: float = 0.0
+    service_s: float = 0.0
+    coming: tuple[StartingReplica, ...] = ()
     refusal: ErrorBody | None = None
 
 
