@@ -113,10 +113,12 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
     from snowdrop.content.signing import KeyStore
     from snowdrop.control.api import Api
     from snowdrop.control.loop import ControlLoop
+    from snowdrop.control.metrics import ControlMetrics
     from snowdrop.control.origin_roots import OriginRoots, platform_id
     from snowdrop.control.peers import Peers
     from snowdrop.control.recorder import Recorder
     from snowdrop.state.sqlite import SqliteState
+    from snowdrop.telemetry.metrics import metrics_route, process_registry
     from snowdrop.wire.api import Info
     from snowdrop.wire.http import serving_unix
 
@@ -137,13 +139,18 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
         recorder = Recorder()
         loop = ControlLoop(state, recorder, tick_s=settings.control.tick_s)
         peers = Peers(loop, settle_s_max=settings.control.settle_s_max)
+        registry = process_registry()
+        metrics = ControlMetrics(registry, loop.world)
+        loop.replica_changed, peers.caller_served = metrics.replica_changed, metrics.caller_served
         await loop.load()
         await peers.load_keys()
         keys = KeyStore(layout.keys)
         origin = open_origin(settings.content.origin_url, settings.content.origin_options())
         roots = OriginRoots(origin, keys, state, loop.world, platform_id(layout.keys / "platform"))
         links = await _listen_unix(layout.link_socket)
-        api = serving_unix(Api(loop, peers, info, roots).app(), layout.control_socket)
+        app = Api(loop, peers, info, roots).app()
+        app.router.add_routes([metrics_route(registry)])
+        api = serving_unix(app, layout.control_socket)
         async with links, api, anyio.create_task_group() as recording:
             recording.start_soon(recorder.run)
             async with anyio.create_task_group() as tasks:

@@ -16,6 +16,7 @@ from snowdrop.agent.content import DataPlaneKeeper
 from snowdrop.agent.context import NodeContext
 from snowdrop.agent.dataplane.client import DataPlane, raise_descriptor_limit
 from snowdrop.agent.link import AgentLink
+from snowdrop.agent.metrics import add_metrics_route
 from snowdrop.agent.mounting import add_mount_routes
 from snowdrop.agent.mounts import ModelMounts
 from snowdrop.agent.node import Node
@@ -83,6 +84,7 @@ async def run_agent(
     link = AgentLink(*sockets, node_record(agent, launcher), fresh_id("inc"))
     api = build_agent_api(layout.replica_logs, node.is_living, keeper.current)
     add_mount_routes(api, mounts)
+    add_metrics_route(api, agent.node, keeper.current, node.reports)
     try:
         async with serving_unix(api, layout.agent_socket), anyio.create_task_group() as background:
             await background.start(keeper.run)

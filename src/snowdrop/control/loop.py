@@ -29,7 +29,9 @@ log = logging.getLogger("snowdrop.control")
 
 
 class ControlLoop:
-    """Owns the world. `send_agent` and `send_gateways` are set by whoever holds the connections."""
+    """Owns the world. `send_agent` and `send_gateways` are set by whoever holds the connections.
+
+    `replica_changed` hears each new report, and whether the replica has just become ready under this control."""
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class ControlLoop:
         self.generation = 0
         self.send_agent: Callable[[NodeId, Message], None] = lambda _node, _message: None
         self.send_gateways: Callable[[Message], None] = lambda _message: None
+        self.replica_changed: Callable[[ReplicaReport, bool], None] = lambda _report, _just_ready: None
         self._tick_s = tick_s
         self._clock = clock
         self._dirty: set[DeploymentKey] = set()
@@ -116,10 +119,12 @@ class ControlLoop:
         elif entry.report is not None and entry.report.version >= report.version:
             return
         now_s = self._clock()
+        just_ready = entry is not None and report.state is ReplicaState.READY and entry.ready_s is None
+        self.replica_changed(report, just_ready)
         ordered_unix_ns = entry.order.ordered_unix_ns if entry is not None and entry.order else 0
         if entry is not None:
             entry.report = report
-            if report.state is ReplicaState.READY and entry.ready_s is None:
+            if just_ready:
                 entry.ready_s = now_s
                 deployment = self.world.deployments.get(entry.key)
                 if deployment is not None and entry.order is not None:

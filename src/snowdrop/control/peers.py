@@ -56,6 +56,7 @@ class Peers:
         self._gateways: dict[str, MemoryObjectSendStream[Message]] = {}
         self._settled = anyio.Event()
         self._keys: tuple[KeyGrant, ...] = ()
+        self.caller_served: Callable[[ReceiptId, CallerTimes], None] = lambda _receipt, _caller: None
         loop.send_agent = self._to_agent
         loop.send_gateways = self._to_gateways
 
@@ -189,6 +190,7 @@ class Peers:
         elif isinstance(message, ReplicaUnreachable):
             log.warning("gateway %s cannot reach %s: %s", gateway, message.replica, message.message)
         elif isinstance(message, CallerServed):
+            self.caller_served(message.receipt, message.caller)
             self._store_caller(message.receipt, message.caller)
 
     def _store_caller(self, receipt: ReceiptId, caller: CallerTimes) -> None:

@@ -6,9 +6,10 @@ they are measured, on the registry of the process.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
 import msgspec
+from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
@@ -30,6 +31,19 @@ def process_registry() -> CollectorRegistry:
 def exposition(registry: CollectorRegistry) -> bytes:
     """All of a registry in Prometheus' text format."""
     return generate_latest(registry)
+
+
+def metrics_route(
+    registry: CollectorRegistry, *, look: Callable[[], Awaitable[None]] | None = None
+) -> web.RouteDef:
+    """`GET /metrics` of one process, for its own unix socket; `look` is awaited first, to refresh what is told."""
+
+    async def get(_request: web.Request) -> web.Response:
+        if look is not None:
+            await look()
+        return web.Response(body=exposition(registry), headers={"content-type": CONTENT_TYPE})
+
+    return web.get(METRICS_PATH, get)
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,154 @@
+"""What a node knows as metrics: the content store, what loads were given, bad chunks, what its replicas count."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+
+import aiohttp
+import anyio
+import msgspec
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from snowdrop.agent.dataplane.client import DataPlane
+from snowdrop.domain.errors import SnowdropError
+from snowdrop.domain.replica import ReplicaReport, ReplicaState
+from snowdrop.telemetry.metrics import metrics_route, process_registry
+from snowdrop.wire.upkeep import AskStats, NodeStats, StatsTold
+
+ASK_S_MAX = 1.0
+ASKED_AT_ONCE_MAX = 32
+OF_NODE = ("node",)
+
+
+class ReplicaCounts(msgspec.Struct, frozen=True):
+    """What a replica of a service class says at `/-/stats`; others say nothing."""
+
+    in_flight: int = 0
+    waiting: int = 0
+    served: int = 0
+
+
+class NodeMetrics(Collector):
+    """Refreshed by `look` before each exposition, so that a scrape never blocks on the data plane."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        node: str,
+        plane: Callable[[], Awaitable[DataPlane]],
+        reports: Callable[[], tuple[ReplicaReport, ...]],
+    ) -> None:
+        self._node = node
+        self._plane = plane
+        self._reports = reports
+        self._stats: NodeStats | None = None
+        self._counts: dict[tuple[str, str], ReplicaCounts] = {}
+        registry.register(self)
+
+    async def look(self) -> None:
+        """Asks the data plane and the replicas, each for a bounded time; who does not answer is left out."""
+        self._stats = None
+        counts: dict[tuple[str, str], ReplicaCounts] = {}
+        limiter = anyio.CapacityLimiter(ASKED_AT_ONCE_MAX)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._ask_plane)
+            for report in self._reports():
+                if report.state is ReplicaState.READY:
+                    tasks.start_soon(_ask_replica, report, counts, limiter)
+        self._counts = counts
+
+    async def _ask_plane(self) -> None:
+        with anyio.move_on_after(ASK_S_MAX):
+            try:
+                plane = await self._plane()
+                self._stats = (await plane.ask(AskStats, StatsTold)).stats
+            except SnowdropError:
+                return  # it is being started again; its figures are missing meanwhile
+
+    def describe(self) -> list[Metric]:
+        return []  # nothing is computed only to learn the names
+
+    def collect(self) -> Iterator[Metric]:
+        if self._stats is not None:
+            yield from _store(self._node, self._stats)
+        yield from _replicas(self._counts)
+
+
+def add_metrics_route(
+    app: web.Application,
+    node: str,
+    plane: Callable[[], Awaitable[DataPlane]],
+    reports: Callable[[], tuple[ReplicaReport, ...]],
+) -> None:
+    """`GET /metrics` on the agent's API."""
+    registry = process_registry()
+    metrics = NodeMetrics(registry, node, plane, reports)
+    app.router.add_routes([metrics_route(registry, look=metrics.look)])
+
+
+def _store(node: str, stats: NodeStats) -> Iterator[Metric]:
+    for name, text, value in (
+        ("snowdrop_store_ram_bytes", "Landing areas in memory.", stats.ram_bytes),
+        ("snowdrop_store_ram_max_bytes", "Most bytes of landing areas and of the pool.", stats.ram_bytes_max),
+        ("snowdrop_store_pool_idle_bytes", "Memory kept ready for landing areas.", stats.pool_idle_bytes),
+        ("snowdrop_store_disk_bytes", "Cached content on disk.", stats.disk_bytes),
+        ("snowdrop_store_disk_max_bytes", "Most bytes of cached content on disk.", stats.disk_bytes_max),
+        ("snowdrop_store_artefacts", "Artefacts cached on the node.", stats.artefacts),
+        ("snowdrop_store_artefacts_pinned", "Artefacts that may not be evicted.", stats.pinned),
+    ):
+        gauge = GaugeMetricFamily(name, text, labels=OF_NODE)
+        gauge.add_metric([node], value)
+        yield gauge
+    served = CounterMetricFamily(
+        "snowdrop_store_served_bytes", "Bytes that loads were given, by tier.", labels=(*OF_NODE, "tier")
+    )
+    for tier, count in stats.served_bytes.items():
+        served.add_metric([node, tier], count)
+    yield served
+    for name, text, value in (
+        ("snowdrop_store_chunks_quarantined", "Chunks found wrong on this node.", stats.quarantined),
+        ("snowdrop_store_chunks_replaced", "Chunks found wrong and mended.", stats.replaced),
+    ):
+        counter = CounterMetricFamily(name, text, labels=OF_NODE)
+        counter.add_metric([node], value)
+        yield counter
+
+
+def _replicas(counts: dict[tuple[str, str], ReplicaCounts]) -> Iterator[Metric]:
+    labels = ("tenant", "deployment")
+    working = GaugeMetricFamily(
+        "snowdrop_replica_in_flight", "Requests that user code works on, over a node's replicas.", labels=labels
+    )
+    waiting = GaugeMetricFamily(
+        "snowdrop_replica_waiting", "Requests inside of replicas that wait for their turn.", labels=labels
+    )
+    for key, found in counts.items():
+        working.add_metric(key, found.in_flight)
+        waiting.add_metric(key, found.waiting)
+    yield working
+    yield waiting
+
+
+async def _ask_replica(
+    report: ReplicaReport, counts: dict[tuple[str, str], ReplicaCounts], limiter: anyio.CapacityLimiter
+) -> None:
+    """Adds what one replica says to its deployment's sums."""
+    key = (report.key.tenant, report.key.deployment)
+    timeout = aiohttp.ClientTimeout(total=ASK_S_MAX)
+    try:
+        async with (
+            limiter,
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(report.socket_path), timeout=timeout) as session,
+            session.get("http://replica/-/stats") as answer,
+        ):
+            said = msgspec.json.decode(await answer.read(), type=ReplicaCounts)
+    except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError):
+        return  # a command or an ASGI app has no such page, a busy replica no time for it
+    before = counts.get(key, ReplicaCounts())
+    counts[key] = ReplicaCounts(
+        before.in_flight + said.in_flight, before.waiting + said.waiting, before.served + said.served
+    )
