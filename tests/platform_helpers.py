@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from multidict import CIMultiDict
+
 from snowdrop.domain.deployment import Deployment, NodeRecord, Revision
 from snowdrop.domain.ids import (
     DEFAULT_TENANT,
@@ -18,6 +20,7 @@ from snowdrop.domain.receipt import CallerTimes, Receipt
 from snowdrop.domain.replica import ReplicaKey, ReplicaReport, ReplicaState, Transition
 from snowdrop.domain.service import QueueSpec, Scale, ServiceSpec
 from snowdrop.domain.usage import UsageRecord
+from snowdrop.gateway.call import Call, Caller, WaitOptions, WholeBody
 from snowdrop.wire.control import DeploymentLoad, DeploymentRoute, ReplicaRoute
 
 NAME = DeploymentName("embed")
@@ -204,3 +207,19 @@ def route(
 
 def scale(**fields: Any) -> Scale:
     return Scale(**{"max": 10, **fields})
+
+
+def call(name: str = "embed", *, key: str | None = None, wait: WaitOptions | None = None, **more: Any) -> Call:
+    caller_ = Caller(key_sha256=key, tenant=more.pop("tenant", None), label=more.pop("label", ""))
+    return Call(
+        deployment=DeploymentName(name),
+        method=more.pop("method", "POST"),
+        target=more.pop("target", "/x"),
+        headers=more.pop("headers", CIMultiDict()),
+        body=WholeBody(more.pop("body", b"")),
+        caller=caller_,
+        request_id=more.pop("request_id", "req-1"),
+        arrived_unix_ns=more.pop("arrived", 1),
+        wait=wait or WaitOptions(),
+        **more,
+    )

@@ -175,6 +175,7 @@ async def _agent(layout: StateLayout, settings: Settings, arguments: argparse.Na
 async def _gateway(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
     from snowdrop.gateway.app import build_app, serving, spare_collector
     from snowdrop.gateway.broker import LocalBroker
+    from snowdrop.gateway.carrier import Carrier
     from snowdrop.gateway.connections import Connections
     from snowdrop.gateway.link import ControlLink
     from snowdrop.gateway.owner import Owner
@@ -203,7 +204,8 @@ async def _gateway(layout: StateLayout, settings: Settings, arguments: argparse.
                 await anyio.sleep_forever()
             connections = Connections()
             tasks.start_soon(connections.run)
-            relay = Relay(LocalBroker(owner, "worker-0"), connections, request_bytes_max=gateway.request_bytes_max)
+            carrier = Carrier(LocalBroker(owner, "worker-0"), connections)
+            relay = Relay(carrier, request_bytes_max=gateway.request_bytes_max)
             app = build_app(relay, ready=lambda: core.connected)
             spare_collector()
             with socket.socket(fileno=arguments.listen_fd) as listening:
@@ -216,6 +218,7 @@ async def _gateway(layout: StateLayout, settings: Settings, arguments: argparse.
 async def _gateway_worker(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
     from snowdrop.gateway.app import build_app, serving, spare_collector
     from snowdrop.gateway.broker import RemoteBroker
+    from snowdrop.gateway.carrier import Carrier
     from snowdrop.gateway.connections import Connections
     from snowdrop.gateway.relay import Relay
 
@@ -225,7 +228,7 @@ async def _gateway_worker(layout: StateLayout, settings: Settings, arguments: ar
     async with anyio.create_task_group() as background:
         stream = await anyio.connect_unix(layout.owner_socket)
         await background.start(broker.run, stream)
-        relay = Relay(broker, connections, request_bytes_max=gateway.request_bytes_max)
+        relay = Relay(Carrier(broker, connections), request_bytes_max=gateway.request_bytes_max)
         app = build_app(relay, ready=lambda: broker.connected)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_until_stopped, tasks.cancel_scope)

@@ -9,9 +9,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from platform_helpers import KEY, NAME, caller, replica_route, route
+from platform_helpers import KEY, NAME, call, caller, replica_route, route
 from snowdrop.domain.errors import NotFoundError, PlatformDownError, RevisionFailedError
-from snowdrop.domain.ids import DeploymentName, ReceiptId
+from snowdrop.domain.ids import ReceiptId
 from snowdrop.gateway.broker import Broker, LocalBroker, RemoteBroker
 from snowdrop.gateway.owner import Owner
 from snowdrop.gateway.queue import QueueCore
@@ -83,7 +83,7 @@ async def broker(request: pytest.FixtureRequest, bench: Bench) -> AsyncIterator[
 
 async def acquire(broker: Broker, name: str = NAME) -> Granted:
     with anyio.fail_after(WAIT_S_MAX):
-        return await broker.acquire(None, DeploymentName(name), arrived_unix_ns=1)
+        return await broker.acquire(call(name))
 
 
 class TestBroker:
@@ -130,7 +130,7 @@ class TestBroker:
             assert task is not None
             waiting.append(task)
             try:
-                await broker.acquire(None, NAME, arrived_unix_ns=1)
+                await broker.acquire(call())
             except asyncio.CancelledError:
                 given_up.set()
 

@@ -19,6 +19,9 @@ from snowdrop.domain.errors import QueueFullError
 from snowdrop.domain.ids import ReceiptId, ReplicaId
 from snowdrop.domain.receipt import CallerTimes, Span
 from snowdrop.gateway.app import build_app, serving
+from snowdrop.gateway.broker import TakeNews
+from snowdrop.gateway.call import Call
+from snowdrop.gateway.carrier import Carrier
 from snowdrop.gateway.connections import Connections
 from snowdrop.gateway.relay import Relay
 from snowdrop.tenancy.keys import key_sha256
@@ -44,8 +47,9 @@ class Broker:
         self.cold = False
         self.refusal: Exception | None = None
 
-    async def acquire(self, key: str | None, deployment: str, *, arrived_unix_ns: int) -> Granted:
-        self.asked.append((key, deployment))
+    async def acquire(self, call: Call, news: TakeNews | None = None) -> Granted:
+        arrived_unix_ns = call.arrived_unix_ns
+        self.asked.append((call.caller.key_sha256, call.deployment))
         if self.refusal is not None:
             raise self.refusal
         number = len(self.asked)
@@ -126,7 +130,7 @@ class Bench:
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     made = Bench(tmp_path)
     connections = made.connections
-    relay = Relay(made.broker, connections, request_bytes_max=BODY_BYTES_MAX)
+    relay = Relay(Carrier(made.broker, connections), request_bytes_max=BODY_BYTES_MAX)
     app = build_app(relay, ready=lambda: True)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "gw.sock"))

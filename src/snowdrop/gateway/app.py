@@ -12,7 +12,8 @@ from aiohttp import web
 
 from snowdrop.domain.errors import NotFoundError
 from snowdrop.domain.ids import fresh_id
-from snowdrop.gateway.relay import Relay, error_response
+from snowdrop.gateway.httpsink import error_response
+from snowdrop.gateway.relay import Relay
 
 BACKLOG = 1024
 # Requests make few cycles; looking for them after every 700 new objects cost about a tenth of the throughput.

@@ -7,14 +7,17 @@ a unix socket. A worker does not know which one it has.
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 import anyio
 import anyio.abc
 
 from snowdrop.domain.errors import PlatformDownError, error_from_body
-from snowdrop.domain.ids import DeploymentName, ReceiptId
+from snowdrop.domain.ids import ReceiptId
 from snowdrop.domain.receipt import CallerTimes
+from snowdrop.gateway.call import Call
 from snowdrop.gateway.owner import Owner
 from snowdrop.wire.codec import PROTOCOL_VERSION, Message
 from snowdrop.wire.slots import (
@@ -27,6 +30,7 @@ from snowdrop.wire.slots import (
     ReportServed,
     ReportUnreachable,
     ToWorker,
+    WaitNews,
     WorkerHello,
 )
 from snowdrop.wire.stream import MessageStream, write_from
@@ -35,13 +39,17 @@ OUTBOX_MAX = 100_000
 """Messages a worker may have waiting for its owner; more than all requests it can hold at once."""
 
 
+TakeNews = Callable[[WaitNews], None]
+
+
 class Broker(Protocol):
     """Slots for requests. Every Granted must be given back with exactly one `release` or `unreachable`."""
 
-    async def acquire(
-        self, key_sha256: str | None, deployment: DeploymentName, *, arrived_unix_ns: int
-    ) -> Granted:
-        """Waits for a slot; raises the typed error of a refusal. Cancelling gives up the place in the queue."""
+    async def acquire(self, call: Call, news: TakeNews | None = None) -> Granted:
+        """Waits for a slot; raises the typed error of a refusal. Cancelling gives up the place in the queue.
+
+        `news` hears how it stands while the call waits, if the call wants progress.
+        """
         ...
 
     def release(self, granted: Granted) -> None: ...
@@ -55,20 +63,29 @@ class _Tickets:
     def __init__(self) -> None:
         self._next = 1
         self._waiting: dict[int, asyncio.Future[Granted]] = {}
+        self._news: dict[int, TakeNews] = {}
 
     def number(self) -> int:
         ticket = self._next
         self._next += 1
         return ticket
 
-    def open(self, ticket: int) -> asyncio.Future[Granted]:
+    def open(self, ticket: int, news: TakeNews | None) -> asyncio.Future[Granted]:
         """The future of a numbered request's answer; to be closed by whoever gives it up."""
         future: asyncio.Future[Granted] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = future
+        if news is not None:
+            self._news[ticket] = news
         return future
 
     def answer(self, message: ToWorker) -> None:
+        if isinstance(message, WaitNews):
+            take = self._news.get(message.ticket)
+            if take is not None:
+                take(message)
+            return
         future = self._waiting.pop(message.ticket, None)
+        self._news.pop(message.ticket, None)
         if future is None or future.done():
             return
         if isinstance(message, Denied):
@@ -78,12 +95,36 @@ class _Tickets:
 
     def close(self, ticket: int) -> None:
         self._waiting.pop(ticket, None)
+        self._news.pop(ticket, None)
 
     def fail_all(self, error: Exception) -> None:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(error)
         self._waiting.clear()
+        self._news.clear()
+
+
+def _asks(call: Call, ticket: int) -> Acquire:
+    """The message for a call. Its bound on waiting is what its deadline leaves of it."""
+    wait = call.wait
+    wait_s_max = wait.wait_s_max
+    if call.deadline_unix_s is not None:
+        left_s = max(0.0, call.deadline_unix_s - time.time())
+        wait_s_max = left_s if wait_s_max is None else min(wait_s_max, left_s)
+    return Acquire(
+        ticket=ticket,
+        key_sha256=call.caller.key_sha256,
+        deployment=call.deployment,
+        arrived_unix_ns=call.arrived_unix_ns,
+        tenant=call.caller.tenant,
+        label=call.caller.label,
+        request_id=call.request_id,
+        priority=wait.priority,
+        wait_s_max=wait_s_max,
+        progress=wait.progress,
+        attempt=call.attempt,
+    )
 
 
 class LocalBroker:
@@ -97,23 +138,24 @@ class LocalBroker:
         self._at_once: list[ToWorker] = []
         owner.attach(worker, self._answer)
 
-    async def acquire(
-        self, key_sha256: str | None, deployment: DeploymentName, *, arrived_unix_ns: int
-    ) -> Granted:
+    async def acquire(self, call: Call, news: TakeNews | None = None) -> Granted:
         ticket = self._tickets.number()
-        request = Acquire(
-            ticket=ticket, key_sha256=key_sha256, deployment=deployment, arrived_unix_ns=arrived_unix_ns
-        )
         self._arriving = ticket
         self._at_once.clear()
-        self._owner.arrive(self._worker, request)
+        self._owner.arrive(self._worker, _asks(call, ticket))
         self._arriving = 0
-        if self._at_once:
-            answer = self._at_once.pop()
-            if isinstance(answer, Denied):
-                raise error_from_body(answer.error)
+        answer: ToWorker | None = None
+        for message in self._at_once:
+            if not isinstance(message, WaitNews):
+                answer = message
+            elif news is not None:
+                news(message)
+        self._at_once.clear()
+        if isinstance(answer, Granted):
             return answer
-        future = self._tickets.open(ticket)
+        if isinstance(answer, Denied):
+            raise error_from_body(answer.error)
+        future = self._tickets.open(ticket, news)
         try:
             return await future
         except asyncio.CancelledError:
@@ -175,17 +217,12 @@ class RemoteBroker:
             self._outbox.close()
             await messages.aclose()
 
-    async def acquire(
-        self, key_sha256: str | None, deployment: DeploymentName, *, arrived_unix_ns: int
-    ) -> Granted:
+    async def acquire(self, call: Call, news: TakeNews | None = None) -> Granted:
         if self._gone.is_set():
             raise _owner_gone()
         ticket = self._tickets.number()
-        future = self._tickets.open(ticket)
-        request = Acquire(
-            ticket=ticket, key_sha256=key_sha256, deployment=deployment, arrived_unix_ns=arrived_unix_ns
-        )
-        self._say(request)
+        future = self._tickets.open(ticket, news)
+        self._say(_asks(call, ticket))
         try:
             return await future
         except asyncio.CancelledError:

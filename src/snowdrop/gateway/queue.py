@@ -128,7 +128,9 @@ class QueueCore:
     def arrive(self, worker: str, request: Acquire, now: Now) -> list[Effect]:
         """A request wants a slot: grants it, queues it or denies it."""
         try:
-            tenant = authenticate(request.key_sha256, self._keys, required=self._keys_required)
+            tenant = request.tenant
+            if tenant is None:
+                tenant = authenticate(request.key_sha256, self._keys, required=self._keys_required)
             deployment = self._find(tenant, request.deployment)
         except SnowdropError as error:
             return [deny(worker, request.ticket, error)]

@@ -7,7 +7,7 @@ dies holds nothing back.
 from __future__ import annotations
 
 from snowdrop.domain.errors import ErrorBody
-from snowdrop.domain.ids import DeploymentName, ReceiptId, ReplicaId
+from snowdrop.domain.ids import DeploymentName, ReceiptId, ReplicaId, TenantId
 from snowdrop.domain.receipt import CallerTimes, Span
 from snowdrop.wire.codec import Codec, Message
 
@@ -18,12 +18,23 @@ class WorkerHello(Message, frozen=True, kw_only=True):
 
 
 class Acquire(Message, frozen=True, kw_only=True):
-    """One request wants one slot. `ticket` is the worker's own number for it."""
+    """One request wants one slot. `ticket` is the worker's own number for it.
+
+    `tenant` is said by callers from inside, whom no key authenticates; `label` says whom beside the key to be fair
+    to; `attempt` counts the replicas that could not be reached for it: such a request keeps its place.
+    """
 
     ticket: int
     key_sha256: str | None
     deployment: DeploymentName
     arrived_unix_ns: int
+    tenant: TenantId | None = None
+    label: str = ""
+    request_id: str = ""
+    priority: int | None = None
+    wait_s_max: float | None = None
+    progress: bool = False
+    attempt: int = 0
 
 
 class CancelWait(Message, frozen=True, kw_only=True):
@@ -65,6 +76,23 @@ class Granted(Message, frozen=True, kw_only=True):
     ready_unix_ns: int = 0
 
 
+class WaitNews(Message, frozen=True, kw_only=True):
+    """How it stands with a waiting request that asked for progress; said when it begins to wait and now and then.
+
+    `phase` is one of a receipt's, of the replica that it waits for, or `queue` when all are ready and busy.
+    `percent` and `expected_s` (until its turn) are None as long as nothing has been learned to tell them from.
+    The client is to hear of it after `first_s`, then every `every_s`; never with `first_s` None.
+    """
+
+    ticket: int
+    phase: str
+    position: int
+    percent: int | None = None
+    expected_s: float | None = None
+    first_s: float | None = None
+    every_s: float = 2.0
+
+
 class Denied(Message, frozen=True, kw_only=True):
     """No slot, and why. `status` is the HTTP status of the error's kind."""
 
@@ -73,7 +101,7 @@ class Denied(Message, frozen=True, kw_only=True):
 
 
 FromWorker = WorkerHello | Acquire | CancelWait | ReleaseLease | ReportUnreachable | ReportServed
-ToWorker = Granted | Denied
+ToWorker = Granted | Denied | WaitNews
 
 FROM_WORKER: Codec[FromWorker] = Codec(FromWorker)
 TO_WORKER: Codec[ToWorker] = Codec(ToWorker)
