@@ -16,6 +16,7 @@ ReplicaId = NewType("ReplicaId", str)
 NodeId = NewType("NodeId", str)
 ReceiptId = NewType("ReceiptId", str)
 RequestId = NewType("RequestId", str)
+TaskId = NewType("TaskId", str)
 ModelName = NewType("ModelName", str)
 Digest = NewType("Digest", str)
 """`blake3:` or `sha256:` followed by 64 lower-case hex digits."""

@@ -6,6 +6,8 @@ first column of every key.
 
 from __future__ import annotations
 
+from snowdrop.state.sqlite_tasks import TASK_TABLES
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE model (
@@ -53,4 +55,5 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             tenant TEXT NOT NULL, name TEXT NOT NULL, generation INTEGER NOT NULL, manifest TEXT NOT NULL,
             PRIMARY KEY (tenant, name)) WITHOUT ROWID""",
     ),
+    TASK_TABLES,
 )

@@ -16,6 +16,7 @@ from snowdrop.domain.receipt import CallerTimes, Receipt
 from snowdrop.domain.ref import Seen
 from snowdrop.domain.replica import ReplicaReport
 from snowdrop.domain.usage import UsageRecord, UsageTotal
+from snowdrop.state.tasks import TaskStore
 
 LIST_MAX = 10_000
 """Most rows that one list call returns."""
@@ -32,6 +33,9 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 class StateStore(Protocol):
     """All methods raise StorageFullError when nothing can be written; reads of what is not there give None."""
+
+    @property
+    def tasks(self) -> TaskStore: ...
 
     async def put_model(self, record: ModelRecord) -> None:
         """Stores it and remembers its generation, for ever. ConflictError if a newer one was stored before,
