@@ -113,7 +113,7 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
     from snowdrop.content.signing import KeyStore
     from snowdrop.control.api import Api
     from snowdrop.control.loop import ControlLoop
-    from snowdrop.control.metrics import ControlMetrics
+    from snowdrop.control.metrics import ControlMetrics, UsageMetrics
     from snowdrop.control.origin_roots import OriginRoots, platform_id
     from snowdrop.control.peers import Peers
     from snowdrop.control.recorder import Recorder
@@ -149,7 +149,7 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
         roots = OriginRoots(origin, keys, state, loop.world, platform_id(layout.keys / "platform"))
         links = await _listen_unix(layout.link_socket)
         app = Api(loop, peers, info, roots).app()
-        app.router.add_routes([metrics_route(registry)])
+        app.router.add_routes([metrics_route(registry, look=UsageMetrics(registry, state, loop.world).look)])
         api = serving_unix(app, layout.control_socket)
         async with links, api, anyio.create_task_group() as recording:
             recording.start_soon(recorder.run)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -15,14 +16,15 @@ from platform_helpers import KEY, NODE, deployment, node_record, replica_key, re
 from snowdrop.agent.dataplane.client import DataPlane
 from snowdrop.agent.metrics import add_metrics_route
 from snowdrop.control.loop import ControlLoop
-from snowdrop.control.metrics import ControlMetrics
+from snowdrop.control.metrics import ControlMetrics, UsageMetrics
 from snowdrop.control.recorder import Recorder
 from snowdrop.control.world import NodeEntry
 from snowdrop.domain.errors import PlatformDownError
-from snowdrop.domain.ids import ReceiptId
+from snowdrop.domain.ids import ReceiptId, ReplicaId, RevisionId
 from snowdrop.domain.receipt import CallerTimes, ContentBytes, Span
 from snowdrop.domain.replica import ReplicaReport, ReplicaState, Transition
 from snowdrop.domain.service import Scale
+from snowdrop.domain.usage import UsageRecord
 from snowdrop.state.memory import MemoryState
 from snowdrop.telemetry.metrics import exposition
 from snowdrop.wire.http import serving_unix
@@ -120,6 +122,28 @@ async def test_a_callers_wait_is_counted_once_however_often_it_is_told(bench: Be
         bench.metrics.caller_served(ReceiptId("rcp-1"), caller)
     assert bench.shown()["snowdrop_cold_start_seconds_count",] == 1
     assert bench.shown()["snowdrop_cold_start_seconds_sum",] == 3.0
+
+
+async def test_usage_is_the_ledgers_own_sum(bench: Bench) -> None:
+    usage = UsageMetrics(bench.registry, bench.state, bench.loop.world)
+    record = UsageRecord(
+        node=NODE,
+        source="jrn-1",
+        sequence=1,
+        tenant=KEY[0],
+        deployment=KEY[1],
+        revision=RevisionId("rev-1"),
+        replica=ReplicaId("rep-1"),
+        unit="replica_ns",
+        quantity=3 * SECOND,
+        from_unix_ns=0,
+        to_unix_ns=3 * SECOND,
+    )
+    more = {"sequence": 2, "unit": "content_bytes", "quantity": 7, "detail": "disk"}
+    await bench.state.append_usage((record, msgspec.structs.replace(record, **more)))
+    await usage.look()
+    assert bench.shown()["snowdrop_usage_replica_seconds_total", KEY[1], KEY[0]] == 3.0
+    assert bench.shown()["snowdrop_usage_content_bytes_total", KEY[1], KEY[0], "disk"] == 7
 
 
 class _Plane:

@@ -9,18 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from snowdrop.control.world import DeploymentKey, World
 from snowdrop.domain.deployment import DeploymentHealth
-from snowdrop.domain.ids import ReceiptId
+from snowdrop.domain.ids import ReceiptId, TenantId
 from snowdrop.domain.receipt import CallerTimes
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
+from snowdrop.domain.usage import UsageTotal
+from snowdrop.state.port import StateStore
 
 START_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 OF_DEPLOYMENT = ("tenant", "deployment")
+SERIES_MAX = 10_000
+"""Sums of usage shown; deployments that are gone keep theirs."""
 SERVED_MAX = 10_000
 """Receipts whose caller was counted and may be told again."""
 
@@ -82,6 +86,40 @@ class ControlMetrics:
         while len(self._served) > SERVED_MAX:
             del self._served[next(iter(self._served))]
         self._cold_starts.observe(max(0, caller.waited_ns) / 1e9)
+
+
+class UsageMetrics(Collector):
+    """The ledger's sums, read by `look` before each exposition."""
+
+    def __init__(self, registry: CollectorRegistry, state: StateStore, world: World) -> None:
+        self._state = state
+        self._world = world
+        self._totals: list[tuple[TenantId, UsageTotal]] = []
+        registry.register(self)
+
+    async def look(self) -> None:
+        """Reads the sums of every tenant that has a deployment."""
+        tenants = sorted({tenant for tenant, _ in self._world.deployments})
+        totals = [(tenant, total) for tenant in tenants for total in await self._state.usage_totals(tenant)]
+        self._totals = totals[:SERIES_MAX]
+
+    def describe(self) -> list[Metric]:
+        return []  # nothing is computed only to learn the names
+
+    def collect(self) -> Iterator[Metric]:
+        seconds = CounterMetricFamily(
+            "snowdrop_usage_replica_seconds", "Metered time of replicas.", labels=OF_DEPLOYMENT
+        )
+        content = CounterMetricFamily(
+            "snowdrop_usage_content_bytes", "Metered bytes of content by tier.", labels=(*OF_DEPLOYMENT, "tier")
+        )
+        for tenant, total in self._totals:
+            if total.unit == "replica_ns":
+                seconds.add_metric([tenant, total.deployment], total.quantity / 1e9)
+            elif total.unit == "content_bytes":
+                content.add_metric([tenant, total.deployment, total.detail], total.quantity)
+        yield seconds
+        yield content
 
 
 class _WorldNow(Collector):
