@@ -176,11 +176,11 @@ async def _gateway(layout: StateLayout, settings: Settings, arguments: argparse.
     from snowdrop.gateway.app import build_app, serving, spare_collector
     from snowdrop.gateway.broker import LocalBroker
     from snowdrop.gateway.carrier import Carrier
-    from snowdrop.gateway.connections import Connections
     from snowdrop.gateway.link import ControlLink
     from snowdrop.gateway.owner import Owner
     from snowdrop.gateway.queue import QueueCore
     from snowdrop.gateway.relay import Relay
+    from snowdrop.gateway.upstream.pool import Upstreams
     from snowdrop.gateway.workers import keep_workers
 
     gateway = settings.gateway
@@ -202,9 +202,9 @@ async def _gateway(layout: StateLayout, settings: Settings, arguments: argparse.
                 await tasks.start(keep_workers, layout.root, gateway, arguments.listen_fd)
                 _say_ready(arguments)
                 await anyio.sleep_forever()
-            connections = Connections()
-            tasks.start_soon(connections.run)
-            carrier = Carrier(LocalBroker(owner, "worker-0"), connections)
+            upstreams = Upstreams()
+            tasks.start_soon(upstreams.run)
+            carrier = Carrier(LocalBroker(owner, "worker-0"), upstreams)
             relay = Relay(carrier, request_bytes_max=gateway.request_bytes_max)
             app = build_app(relay, ready=lambda: core.connected)
             spare_collector()
@@ -219,20 +219,20 @@ async def _gateway_worker(layout: StateLayout, settings: Settings, arguments: ar
     from snowdrop.gateway.app import build_app, serving, spare_collector
     from snowdrop.gateway.broker import RemoteBroker
     from snowdrop.gateway.carrier import Carrier
-    from snowdrop.gateway.connections import Connections
     from snowdrop.gateway.relay import Relay
+    from snowdrop.gateway.upstream.pool import Upstreams
 
     gateway = settings.gateway
     broker = RemoteBroker(arguments.worker)
-    connections = Connections()
+    upstreams = Upstreams()
     async with anyio.create_task_group() as background:
         stream = await anyio.connect_unix(layout.owner_socket)
         await background.start(broker.run, stream)
-        relay = Relay(Carrier(broker, connections), request_bytes_max=gateway.request_bytes_max)
+        relay = Relay(Carrier(broker, upstreams), request_bytes_max=gateway.request_bytes_max)
         app = build_app(relay, ready=lambda: broker.connected)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_until_stopped, tasks.cancel_scope)
-            tasks.start_soon(connections.run)
+            tasks.start_soon(upstreams.run)
             tasks.start_soon(broker.cancel_when_gone, tasks.cancel_scope)
             spare_collector()
             with socket.socket(fileno=arguments.listen_fd) as listening:

@@ -22,8 +22,8 @@ from snowdrop.gateway.app import build_app, serving
 from snowdrop.gateway.broker import TakeNews
 from snowdrop.gateway.call import Call
 from snowdrop.gateway.carrier import Carrier
-from snowdrop.gateway.connections import Connections
 from snowdrop.gateway.relay import Relay
+from snowdrop.gateway.upstream.pool import Upstreams
 from snowdrop.tenancy.keys import key_sha256
 from snowdrop.wire.http import serving_unix
 from snowdrop.wire.slots import Granted
@@ -86,7 +86,7 @@ class Bench:
         self.folder = folder
         self.broker = Broker()
         self.client: aiohttp.ClientSession
-        self.connections = Connections()
+        self.upstreams = Upstreams()
         self.seen: list[web.Request] = []
 
     @asynccontextmanager
@@ -129,8 +129,8 @@ class Bench:
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     made = Bench(tmp_path)
-    connections = made.connections
-    relay = Relay(Carrier(made.broker, connections), request_bytes_max=BODY_BYTES_MAX)
+    upstreams = made.upstreams
+    relay = Relay(Carrier(made.broker, upstreams), request_bytes_max=BODY_BYTES_MAX)
     app = build_app(relay, ready=lambda: True)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "gw.sock"))
@@ -140,7 +140,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
         async with aiohttp.ClientSession("http://gw", connector=connector, timeout=timeout) as made.client:
             yield made
             await made.all_back()
-    await connections.aclose()
+    upstreams.close()
     await anyio.sleep(0)
 
 
@@ -430,11 +430,11 @@ async def test_a_connection_in_use_outlives_the_sweep(bench: Bench) -> None:
 
         async def sweep() -> None:
             await begun.wait()
-            await bench.connections.sweep(time.monotonic() + 10_000)
+            bench.upstreams.sweep(time.monotonic() + 10_000)
             go_on.set()
 
         tasks.start_soon(sweep)
         async with bench.client.get("/e/x") as answer:
             assert (answer.status, await answer.text()) == (200, "done")
-    await bench.connections.sweep(time.monotonic() + 10_000)
-    assert not bench.connections.open_paths
+    bench.upstreams.sweep(time.monotonic() + 10_000)
+    assert not bench.upstreams.open_paths

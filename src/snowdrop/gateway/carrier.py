@@ -11,19 +11,18 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-import aiohttp
 import anyio
 from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy
-from yarl import URL
 
 from snowdrop.domain.errors import ReplicaDiedError, SnowdropError, TimedOutError
 from snowdrop.domain.receipt import CallerTimes, Span, join_caller
 from snowdrop.gateway.bodies import BODY_WHOLE_BYTES_MAX
 from snowdrop.gateway.broker import Broker
 from snowdrop.gateway.call import Call, Sink
-from snowdrop.gateway.connections import Connections
 from snowdrop.gateway.news import NewsBox
+from snowdrop.gateway.upstream.connection import BrokenError, UnconnectedError
+from snowdrop.gateway.upstream.pool import Exchange, Upstreams
 from snowdrop.wire.slots import Granted
 
 ATTEMPTS_MAX = 5
@@ -37,8 +36,6 @@ HOP_BY_HOP = frozenset(
 )
 DROPPED_DOWN = HOP_BY_HOP | {"content-length", "date", "server"}
 
-# A connection that took too long to make is a TimeoutError as well, so this is to be caught before that.
-UNCONNECTED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 T = TypeVar("T")
 Finished = Callable[[Call, SnowdropError | None], None]
 """Told once at the end of each call, with the error it ended with. It runs in the path of requests."""
@@ -47,9 +44,9 @@ Finished = Callable[[Call, SnowdropError | None], None]
 class Carrier:
     """One per worker process."""
 
-    def __init__(self, broker: Broker, connections: Connections, *, finished: Finished | None = None) -> None:
+    def __init__(self, broker: Broker, upstreams: Upstreams, *, finished: Finished | None = None) -> None:
         self.broker = broker
-        self.connections = connections
+        self.upstreams = upstreams
         self._finished = finished
 
     async def carry(self, call: Call, sink: Sink) -> None:
@@ -73,7 +70,7 @@ class Carrier:
     async def with_slot(self, call: Call, attempt: Callable[[Lease], Awaitable[T]], sink: Sink | None = None) -> T:
         """Waits for a slot and runs `attempt` under its lease; the slot is given back when it ends.
 
-        If `attempt` raises one of UNCONNECTED, the replica is reported and another one is taken. With a `sink`,
+        If `attempt` raises UnconnectedError, the replica is reported and another one is taken. With a `sink`,
         that is told while the call waits, if the call asked for it.
         """
         for number in range(ATTEMPTS_MAX):
@@ -82,7 +79,7 @@ class Carrier:
             call.granted = lease.granted
             try:
                 return await attempt(lease)
-            except UNCONNECTED as error:
+            except UnconnectedError as error:
                 # No connection, so the replica has seen nothing of it: another one may be asked.
                 lease.unreachable(str(error))
             finally:
@@ -150,7 +147,7 @@ class _Exchange:
         self._granted = lease.granted
 
     async def run(self) -> SnowdropError | None:
-        """Relays; raises one of UNCONNECTED if no connection was made, a typed error before the sink had begun.
+        """Relays; raises UnconnectedError if no connection was made, a typed error before the sink had begun.
 
         Returns the error that was told inside the answer.
         """
@@ -159,23 +156,22 @@ class _Exchange:
         try:
             async with (
                 asyncio.timeout(bound_s),
-                self._carrier.connections.using(self._granted.socket_path) as session,
-                session.request(
+                self._carrier.upstreams.exchange(
+                    self._granted.socket_path,
                     call.method,
-                    URL(f"http://replica{call.target}", encoded=True),
-                    headers=call.headers,
-                    data=body.stream() if body.whole is None else body.whole,
-                    allow_redirects=False,
+                    call.target,
+                    call.headers,
+                    body.stream() if body.whole is None else body.whole,
                 ) as response,
             ):
                 await self._download(response)
                 return None
-        except UNCONNECTED:
+        except UnconnectedError:
             raise
         except TimeoutError as error:
             return await self._failed(self._too_long(bound_s), error)
-        except aiohttp.ClientError as error:
-            if body.refused is not None:  # raised in the upload; the client library wraps it
+        except BrokenError as error:
+            if body.refused is not None:  # raised in the upload, which broke the connection off
                 return await self._failed(body.refused, error)
             died = ReplicaDiedError(
                 "the replica died while it worked on this request, which is therefore not sent again",
@@ -209,7 +205,7 @@ class _Exchange:
             next_step="raise it in @sd.service(queue=...), or ask for less",
         )
 
-    async def _download(self, response: aiohttp.ClientResponse) -> None:
+    async def _download(self, response: Exchange) -> None:
         call, sink = self._call, self._sink
         call.first_byte_unix_ns = time.time_ns()
         call.status = response.status
@@ -224,7 +220,7 @@ class _Exchange:
             await sink.whole(response.status, headers, whole)
             return
         await sink.begin(response.status, headers, length)
-        async for chunk in response.content.iter_any():
+        async for chunk in response:
             call.sent_bytes += len(chunk)
             await sink.write(chunk)
         await sink.end()
@@ -260,7 +256,7 @@ def server_timing(spans: tuple[Span, ...]) -> str:
     return ", ".join(f"{span.name};dur={span.duration_ns / 1e6:.1f}" for span in spans)
 
 
-def without(headers: CIMultiDictProxy[str], dropped: frozenset[str]) -> CIMultiDict[str]:
+def without(headers: CIMultiDict[str] | CIMultiDictProxy[str], dropped: frozenset[str]) -> CIMultiDict[str]:
     """A copy less the dropped names and those that the Connection header lists."""
     listed = headers.get(hdrs.CONNECTION)
     if listed:
