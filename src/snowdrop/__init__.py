@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from snowdrop.sdk.api import Batch as Batch
     from snowdrop.sdk.api import Image as Image
     from snowdrop.sdk.api import Model as Model
     from snowdrop.sdk.api import QueueSpec as QueueSpec
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _SDK_NAMES = frozenset(
     {
+        "Batch",
         "Image",
         "Model",
         "QueueSpec",

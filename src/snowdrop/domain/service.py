@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from snowdrop.domain.batching import Batch as Batch  # noqa: PLC0414 -- part of what a service says
 from snowdrop.domain.require import require
 from snowdrop.domain.scale import Scale as Scale  # noqa: PLC0414 -- part of what a service says
 from snowdrop.domain.scale import Schedule as Schedule  # noqa: PLC0414
@@ -81,7 +82,10 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EndpointSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One method that answers requests. Schemas are JSON Schema objects (draft 2020-12)."""
+    """One method that answers requests. Schemas are JSON Schema objects (draft 2020-12).
+
+    With `batch` its method is called for several requests at once; the schemas are those of a single one.
+    """
 
     path: str
     method_name: str
@@ -91,6 +95,7 @@ class EndpointSpec(msgspec.Struct, frozen=True, kw_only=True):
     input_schema: dict[str, Any] = msgspec.field(default_factory=dict)
     output_schema: dict[str, Any] = msgspec.field(default_factory=dict)
     components: dict[str, Any] = msgspec.field(default_factory=dict)
+    batch: Batch | None = None
 
 
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -97,8 +97,10 @@ def check_annotated(function: Callable[..., object], where: str) -> None:
         )
 
 
-def read_signature(function: Callable[..., object], where: str) -> Signature:
-    """The signature of an unbound method, its forward references resolved.
+def read_signature(
+    function: Callable[..., object], where: str, shape: Callable[[Signature], Signature] | None = None
+) -> Signature:
+    """The signature of an unbound method, its forward references resolved; `shape` makes it what clients see.
 
     Raises UnresolvedNameError if an annotation names what is not defined (yet), InvalidInputError for anything
     that can't be sent as JSON.
@@ -117,10 +119,16 @@ def read_signature(function: Callable[..., object], where: str) -> Signature:
         missing = parameter.default is inspect.Parameter.empty
         default = msgspec.NODEFAULT if missing else parameter.default
         parameters.append(Parameter(name=parameter.name, annotation=hints[parameter.name], default=default))
-        _check_type(hints[parameter.name], f"{where}({parameter.name})")
     returns, stream, on_loop = _read_return(function, hints["return"], where)
-    _check_type(returns, f"{where} -> {_name_of(returns)}")
-    return Signature(where=where, parameters=tuple(parameters), returns=returns, stream=stream, on_loop=on_loop)
+    signature = Signature(
+        where=where, parameters=tuple(parameters), returns=returns, stream=stream, on_loop=on_loop
+    )
+    if shape is not None:
+        signature = shape(signature)
+    for each in signature.parameters:
+        _check_type(each.annotation, f"{where}({each.name})")
+    _check_type(signature.returns, f"{where} -> {_name_of(signature.returns)}")
+    return signature
 
 
 def _read_return(

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 import anyio
+import msgspec
 
+from snowdrop.domain.batched import client_signature
+from snowdrop.domain.calling import CALL_CONTEXT
 from snowdrop.domain.cancel import CANCEL_FLAG
 from snowdrop.domain.errors import InvalidInputError, MethodNotAllowedError, NotFoundError, SnowdropError
 from snowdrop.domain.openapi import openapi_document
 from snowdrop.domain.service import ServiceSpec
-from snowdrop.domain.signature import RequestDecoder, encode_json, read_signature
+from snowdrop.domain.signature import RequestDecoder, encode_json
+from snowdrop.replica.batching import Batcher
 from snowdrop.replica.call import DONE, Endpoint, Items, Raised, stage
 from snowdrop.replica.exchange import JSON, OCTETS, Disconnected, Exchange, Refused, octets
 from snowdrop.replica.gate import Gate
@@ -55,9 +60,10 @@ class ServiceApp:
             function = getattr(service_class, endpoint.method_name, None)
             if function is None:
                 raise InvalidInputError(f"{where} does not exist", where=spec.entry, next_step="deploy again")
-            signature = read_signature(function, where)
+            signature = client_signature(function, where, endpoint.batch)
             self._endpoints[endpoint.path] = Endpoint(endpoint.path, signature, RequestDecoder(signature))
         self._method_names = {endpoint.path: endpoint.method_name for endpoint in spec.endpoints}
+        self._batchers: dict[str, Batcher] = {}
 
     async def start(self, models: dict[str, LoadedModel]) -> None:
         """Makes the instance and runs its startup stage; `models` by parameter name."""
@@ -66,6 +72,12 @@ class ServiceApp:
         self._instance: object = await _own_error(stage(self._class, {}))
         if self._spec.startup_name is not None:
             await _own_error(stage(getattr(self._instance, self._spec.startup_name), models))
+        for each in self._spec.endpoints:
+            if each.batch is not None:
+                call = partial(self._call, self._endpoints[each.path])
+                self._batchers[each.path] = Batcher(
+                    each.batch, call, f"{self._spec.class_name}.{each.method_name}"
+                )
 
     def cut(self, error: SnowdropError) -> None:
         """Cancels every call and answers it with `error`; a thread sees `cancelled()` and is waited for."""
@@ -96,7 +108,7 @@ class ServiceApp:
 
     async def _dispatch(self, exchange: Exchange) -> None:
         if exchange.path == STATS_PATH:
-            await exchange.answer(encode_json(self._gate.stats()))
+            await exchange.answer(encode_json(self._stats()))
             return
         if exchange.path == OPENAPI_PATH:
             await exchange.answer(encode_json(openapi_document(self._spec)))
@@ -134,6 +146,7 @@ class ServiceApp:
 
             group.start_soon(watch)
             flag = CANCEL_FLAG.set(ended)
+            context = CALL_CONTEXT.set(exchange.context())
             self._running.add(end)
             try:
                 async with self._gate.slot():
@@ -143,11 +156,20 @@ class ServiceApp:
             finally:
                 self._running.discard(end)
                 CANCEL_FLAG.reset(flag)
+                CALL_CONTEXT.reset(context)
                 group.cancel_scope.cancel()
         if ended.is_set():
             failure = self._cut  # None where the caller has gone
         if failure is not None:
             raise failure
+
+    def _stats(self) -> dict[str, object]:
+        batches = {path: batcher.stats for path, batcher in self._batchers.items()}
+        return {**msgspec.structs.asdict(self._gate.stats()), **({"batches": batches} if batches else {})}
+
+    async def _call(self, endpoint: Endpoint, arguments: dict[str, Any]) -> object:
+        method = getattr(self._instance, self._method_names[endpoint.path])
+        return await endpoint.call(method, arguments, self._threads)
 
     async def _run(self, exchange: Exchange, endpoint: Endpoint, arguments: dict[str, Any]) -> None:
         method = getattr(self._instance, self._method_names[endpoint.path])
@@ -158,7 +180,11 @@ class ServiceApp:
             finally:
                 await items.close()
             return
-        value = await endpoint.call(method, arguments, self._threads)
+        batcher = self._batchers.get(endpoint.path)
+        if batcher is not None:
+            value = await batcher.submit(arguments)
+        else:
+            value = await endpoint.call(method, arguments, self._threads)
         is_octets = endpoint.signature.returns is bytes
         try:
             body = octets(value) if is_octets else encode_json(value)

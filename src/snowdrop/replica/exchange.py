@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import anyio
 import msgspec
 
+from snowdrop.domain.calling import DEADLINE_HEADER, LEASE_HEADER, CallContext
 from snowdrop.domain.errors import SnowdropError, TimedOutError, TooLargeError
 from snowdrop.domain.ids import fresh_id
 from snowdrop.domain.signature import encode_json
@@ -60,6 +62,16 @@ class Exchange:
         self._form: StreamForm | None = None
         self._receive = receive
         self._send = send
+
+    def context(self) -> CallContext:
+        """What calls that are made for this request go on with."""
+        return CallContext(
+            request_id=self.request_id,
+            traceparent=self.headers.get("traceparent", ""),
+            tracestate=self.headers.get("tracestate", ""),
+            deadline_unix_s=_deadline(self.headers.get(DEADLINE_HEADER)),
+            lease=self.headers.get(LEASE_HEADER, ""),
+        )
 
     async def body(self) -> bytes:
         """The whole body.
@@ -153,6 +165,17 @@ def octets(value: object) -> bytes:
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     raise TypeError(f"expected bytes, got {type(value).__name__}")
+
+
+def _deadline(header: str | None) -> float | None:
+    """None for no deadline, or one that is no time: the gateway has checked what clients send."""
+    if header is None:
+        return None
+    try:
+        unix_s = float(header)
+    except ValueError:
+        return None
+    return unix_s if math.isfinite(unix_s) else None
 
 
 def _sse_item(value: object) -> bytes:

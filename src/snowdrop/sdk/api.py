@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, TypeVar
 
+from snowdrop.domain.batching import Batch
 from snowdrop.domain.cancel import cancelled
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.service import (
@@ -33,6 +34,7 @@ from snowdrop.domain.service import (
 from snowdrop.sdk.schema import Mark, build_spec, check_path
 
 __all__ = [
+    "Batch",
     "Image",
     "Model",
     "QueueSpec",
@@ -109,16 +111,27 @@ def shutdown(function: F) -> F:
     return _mark(function, ("shutdown",))
 
 
-def endpoint(path: str) -> Callable[[F], F]:
-    """Marks a method that answers requests to `path`. Its signature is the schema of the request."""
+def endpoint(path: str, *, batch: Batch | None = None) -> Callable[[F], F]:
+    """Marks a method that answers requests to `path`. Its signature is the schema of the request.
+
+    With `batch` one call answers several requests: every parameter is a `list[T]` with the values of all of them,
+    and the method returns a list with one result for each, in their order; a result that is an exception fails
+    that request alone. Clients send and get single values. Raises InvalidInputError naming what is wrong.
+    """
     if not isinstance(path, str):
         raise InvalidInputError(
             "`endpoint` needs a path", where="endpoint", next_step='write `@sd.endpoint("/path")`, with the path'
         )
     check_path(path, "endpoint")
+    if batch is not None and not isinstance(batch, Batch):
+        raise InvalidInputError(
+            f"`batch` is {batch!r}",
+            where="endpoint(batch)",
+            next_step="give it a batch, as in `sd.Batch(size_max=32)`",
+        )
 
     def decorate(function: F) -> F:
-        return _mark(function, ("endpoint", path))
+        return _mark(function, ("endpoint", path) if batch is None else ("endpoint", path, batch))
 
     return decorate
 

@@ -6,8 +6,11 @@ from typing import Any
 
 import msgspec
 
+from snowdrop.domain.batched import client_signature
+from snowdrop.domain.batching import Batch
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.service import (
+    CONCURRENCY_MAX,
     SERVICE_ATTRIBUTE,
     STAGE_ATTRIBUTE,
     EndpointSpec,
@@ -19,7 +22,6 @@ from snowdrop.domain.signature import (
     check_annotated,
     check_parameters,
     endpoint_schemas,
-    read_signature,
 )
 
 RESERVED_PREFIX = "/-/"
@@ -28,8 +30,8 @@ RESERVED_PREFIX = "/-/"
 Method = Callable[..., Any]
 
 
-Mark = tuple[str, ...]
-"""What a method decorator leaves on a function: ("startup",), ("shutdown",) or ("endpoint", path)."""
+Mark = tuple[str] | tuple[str, str] | tuple[str, str, Batch]
+"""What a method decorator leaves: ("startup",), ("shutdown",), ("endpoint", path) or ("endpoint", path, batch)."""
 
 
 def build_spec(cls: type, models: Sequence[Model], options: Mapping[str, Any]) -> ServiceSpec:
@@ -54,7 +56,7 @@ def build_spec(cls: type, models: Sequence[Model], options: Mapping[str, Any]) -
         startup_name=startup.__name__ if startup else None,
         shutdown_name=shutdown.__name__ if shutdown else None,
         endpoints=specs,
-        **options,
+        **_with_room_for_batches(cls, specs, options),
     )
     try:
         return complete_spec(cls, spec)
@@ -65,7 +67,9 @@ def build_spec(cls: type, models: Sequence[Model], options: Mapping[str, Any]) -
 def complete_spec(cls: type, spec: ServiceSpec) -> ServiceSpec:
     """`spec` with the schemas of its endpoints, forward references resolved. Raises InvalidInputError."""
     signatures = [
-        read_signature(getattr(cls, endpoint.method_name), f"{cls.__name__}.{endpoint.method_name}")
+        client_signature(
+            getattr(cls, endpoint.method_name), f"{cls.__name__}.{endpoint.method_name}", endpoint.batch
+        )
         for endpoint in spec.endpoints
     ]
     made = endpoint_schemas(signatures)
@@ -113,7 +117,7 @@ def _find_marked(cls: type) -> tuple[dict[str, Method], Method | None, Method | 
     stages: dict[str, Method] = {}
     for method, mark in _marked_methods(cls):
         where = f"{cls.__name__}.{method.__name__}"
-        if mark[0] == "endpoint":
+        if len(mark) > 1:
             path = mark[1]
             if path in endpoints:
                 raise InvalidInputError(
@@ -172,7 +176,36 @@ def _endpoint_spec(cls: type, path: str, method: Method) -> EndpointSpec:
     where = f"{cls.__name__}.{method.__name__}"
     check_path(path, where)
     check_annotated(method, where)
-    return EndpointSpec(path=path, method_name=method.__name__, doc=inspect.getdoc(method) or "")
+    mark: Mark = getattr(method, STAGE_ATTRIBUTE)
+    batch = mark[2] if len(mark) > 2 else None
+    return EndpointSpec(path=path, method_name=method.__name__, doc=inspect.getdoc(method) or "", batch=batch)
+
+
+def _with_room_for_batches(
+    cls: type, endpoints: Sequence[EndpointSpec], options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """`options` with a `concurrency` that lets batches fill. Raises InvalidInputError if the given one cannot.
+
+    Each request of a batch counts, those that run and those that gather meanwhile.
+    """
+    sizes = {each.method_name: each.batch.size_max for each in endpoints if each.batch is not None}
+    if not sizes:
+        return options
+    if "concurrency" not in options:
+        rooms = [
+            each.batch.size_max * (each.batch.in_flight_max + 1) for each in endpoints if each.batch is not None
+        ]
+        return {**options, "concurrency": min(max(rooms), CONCURRENCY_MAX)}
+    name = max(sizes, key=lambda each: sizes[each])
+    if options["concurrency"] < sizes[name]:
+        raise InvalidInputError(
+            f"no batch of {cls.__name__}.{name} can ever be full: `concurrency` lets in {options['concurrency']} "
+            f"requests at a time, `size_max` is {sizes[name]}",
+            where=f"{cls.__name__}.{name}",
+            next_step=f"set it to {2 * sizes[name]} or more, drop it (it then follows from the batch), or lower "
+            "`size_max`",
+        )
+    return options
 
 
 def _distinct(cls: type, models: Sequence[Model]) -> tuple[Model, ...]:
