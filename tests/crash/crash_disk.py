@@ -216,10 +216,10 @@ class DiskModel:
                         if placed.parent == node or (placed.parent == -1 and before == node):
                             names.durable = max(names.durable, index + 1)
 
-    def crash(self, rng: random.Random, flips: int = 0) -> dict[Path, bytes | None]:
+    def crash(self, rng: random.Random, faults: int = 0) -> dict[Path, bytes | None]:
         """One state that a power cut here may leave: contents by path, None for a directory.
 
-        `flips` bits of it are wrong.
+        It has `faults` of its own: a bit that flipped, a sector that is another place's, or one never written.
         """
         mood = rng.choice(["drop", "keep", "any", "any", "any"])
         places: dict[tuple[int, str], tuple[int, int]] = {}
@@ -236,7 +236,7 @@ class DiskModel:
             path = self._path(node, found)
             if path is not None:
                 image[path] = None if node in self._directories else bytes(self._content(node, mood, rng))
-        _flip(image, flips, rng)
+        _damage(image, faults, rng)
         return image
 
     def durable(self, path: Path) -> bytes | None:
@@ -306,12 +306,22 @@ def _tear(content: bytearray, op: Wrote, rng: random.Random) -> None:
             _land(content, Wrote(op.node, begin, op.data[begin - op.offset : end - op.offset]))
 
 
-def _flip(image: dict[Path, bytes | None], flips: int, rng: random.Random) -> None:
+def _damage(image: dict[Path, bytes | None], faults: int, rng: random.Random) -> None:
     targets = sorted(path for path, content in image.items() if content)
-    for _ in range(flips if targets else 0):
+    for _ in range(faults if targets else 0):
         path = rng.choice(targets)
         content = bytearray(image[path] or b"")
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        kind = rng.choice(["flipped", "misdirected", "stale"])
+        if kind == "flipped":
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        else:
+            sector = rng.choice([512, 4096])
+            at = rng.randrange(len(content)) // sector * sector
+            there = content[at : at + sector]
+            source = image[rng.choice(targets)] or b""
+            begin = rng.randrange(len(source)) // sector * sector
+            found = source[begin : begin + len(there)] if kind == "misdirected" else b""
+            content[at : at + len(there)] = found.ljust(len(there), b"\0")
         image[path] = bytes(content)
 
 

@@ -17,6 +17,7 @@ from crash_disk import RecordingIo
 
 from snowdrop.content.disk import DiskTier
 from snowdrop.content.landing import Landing
+from snowdrop.content.landread import wrong_on_disk
 from snowdrop.content.layout import PUBLIC_DOMAIN, manifest_key, pack_key
 from snowdrop.content.manifest import encode_manifest, manifest_digest
 from snowdrop.content.origin import MemoryOrigin
@@ -37,6 +38,8 @@ from snowdrop.domain.manifest import (
 SLAB_BYTES = 12_288
 """Windows of an area end here: a block and a small chunk may take two."""
 
+CHECKED_SHARE = 0.8
+"""Of chunks that go to disk behind a load: so many have a fast check."""
 BLOCK_BYTES = 8192
 """Put in place of the real size of a block, so that a small file has several."""
 
@@ -205,9 +208,12 @@ class Work:
             step()
 
     def fill(self, index: int, share: float) -> None:
+        landing = self.landing(index)
         for chunk in self.areas[index].layout.places:
             if self.rng.random() < share:
                 self.areas[index].fill(chunk)
+                if self.rng.random() < CHECKED_SHARE:  # the others are as an earlier version left them
+                    landing.learn(chunk, memoryview(self.models[index].chunks[chunk]))
 
     def behind(self, index: int, rounds: int) -> None:
         landing = self.landing(index)
@@ -222,6 +228,7 @@ class Work:
         for chunk in chunks:
             is_small = chunk not in self.areas[index].layout.places
             if (is_small or not small_only) and self.rng.random() < share:
+                landing.learn(chunk, memoryview(model.chunks[chunk]))
                 landing.write(chunk, memoryview(model.chunks[chunk]))
 
     def read_back(self, index: int) -> None:
@@ -241,6 +248,7 @@ class Work:
                 data = memoryview(bytearray(ref.plain_bytes))
                 found[0].read(found[1], 1, data)
                 if not bad_chunks(model.manifest, chunk, 1, data):
+                    landing.learn(chunk, data)
                     landing.write(chunk, data)
 
     def sync(self, index: int) -> None:
@@ -277,7 +285,7 @@ def bring_held(landing: Landing, model: Model, rng: random.Random | None = None)
             continue
         data = memoryview(bytearray(len(model.chunks[chunk])))
         landing.read(chunk, 1, data)
-        if bad_chunks(model.manifest, chunk, 1, data):
+        if wrong_on_disk(landing, partial(bad_chunks, model.manifest), chunk, 1, data):
             landing.quarantine(chunk)
             wrong += 1
         else:

@@ -9,6 +9,7 @@ import errno
 import os
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from blake3 import blake3
 from crash_disk import DiskModel, Op, Placed, SyncedData, materialise
 from crash_work import BLOCK_BYTES, WORKLOADS, FaultyIo, Model, Work, bring_held, small_model
 
+from snowdrop.content.checks import ChunkChecks
 from snowdrop.content.chunkmap import ChunkMap
 from snowdrop.content.disk import PREFIX, DiskTier
 from snowdrop.content.diskio import DiskIo
@@ -99,7 +101,7 @@ class Checker:
         self.wrong_claims = 0
 
     def check(
-        self, image: dict[Path, bytes | None], synced: dict[Digest, bytearray], *, flips: int, again: bool
+        self, image: dict[Path, bytes | None], synced: dict[Digest, bytearray], *, faults: int, again: bool
     ) -> None:
         root = self.scratch / "crashed"
         materialise(image, root)
@@ -109,9 +111,9 @@ class Checker:
                 assert tier.cached_manifest(model.digest) in {None, model.manifest}
                 landing = tier.open_landing(model.digest, model.manifest)
                 self._check_tree(landing, model)
-                self._check_claims(landing, model, synced.get(model.digest), flips=flips)
+                self._check_claims(landing, model, synced.get(model.digest), faults=faults)
                 wrong = bring_held(landing, model)
-                assert flips or not wrong
+                assert faults or not wrong
                 self._check_believed(landing, model)
                 for chunk, data in enumerate(model.chunks):
                     landing.write(chunk, memoryview(data))
@@ -139,9 +141,9 @@ class Checker:
         assert landing.is_complete
         assert found_files(landing.tree) == model.files
 
-    def _check_claims(self, landing: Landing, model: Model, synced: bytearray | None, *, flips: int) -> None:
+    def _check_claims(self, landing: Landing, model: Model, synced: bytearray | None, *, faults: int) -> None:
         """Bits are for durable bytes; what a sync had made durable is still claimed."""
-        if flips:
+        if faults:
             return
         for chunk in landing.held_chunks():
             assert places_right(landing, model, chunk), f"bit of chunk {chunk} without its data"
@@ -211,14 +213,14 @@ def run_points(recording: Recording, seed: str, scratch: Path, *, keeps_claims: 
     checker = Checker(recording.models, scratch)
     seen: set[str] = set()
     for number, (model, step, rng) in enumerate(crash_points(recording, seed, count)):
-        flips = rng.choice([0, 0, 0, 1, 3])
-        image = model.crash(rng, flips)
+        faults = rng.choice([0, 0, 0, 1, 3])
+        image = model.crash(rng, faults)
         name = state_name(step, image)
         if name in seen:
             continue
         synced = synced_bits(model, recording.models) if keeps_claims else {}
         try:
-            checker.check(image, synced, flips=flips, again=number % 8 == 0)
+            checker.check(image, synced, faults=faults, again=number % 8 == 0)
         except AssertionError as error:
             raise AssertionError(f"crash point {seed}, step {step} of {len(recording.ops)}: {error}") from error
         seen.add(name)
@@ -246,8 +248,24 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def test_no_crash_point_serves_a_wrong_byte_and_every_restart_recovers(tmp_path: Path, scratch: Path) -> None:
-    checked = 0
+def passed_checks(monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
+    """Counts what fast checks say from now on."""
+    passed: Counter[bool] = Counter()
+    is_right = ChunkChecks.is_right
+
+    def counted(self: ChunkChecks, chunk: int, data: memoryview) -> bool:
+        right = is_right(self, chunk, data)
+        passed[right] += self.has(chunk)
+        return right
+
+    monkeypatch.setattr(ChunkChecks, "is_right", counted)
+    return passed
+
+
+def test_no_crash_point_serves_a_wrong_byte_and_every_restart_recovers(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked, passed = 0, passed_checks(monkeypatch)
     for name, fault, seed in RECORDINGS:
         root = tmp_path / f"{name}-{fault}-{seed}"
         root.mkdir()
@@ -258,8 +276,10 @@ def test_no_crash_point_serves_a_wrong_byte_and_every_restart_recovers(tmp_path:
         checked += len(
             run_points(recording, f"{name} {fault} {seed}", scratch, keeps_claims=keeps, count=POINTS_A_RECORDING)
         )
-    print(f"{checked} distinct crash points in {len(RECORDINGS)} recordings")
+    print(f"{checked} distinct crash points in {len(RECORDINGS)} recordings, fast checks: {dict(passed)}")
     assert checked >= CRASH_POINTS_MIN
+    assert passed[True] > checked
+    assert passed[False] > 100
 
 
 def bit_before_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,8 +322,24 @@ def tree_believed_after_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LandingTree, "take_over", broken)
 
 
+def claims_without_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crash_work.wrong_on_disk", lambda *given: [])
+
+
 def claims_without_hashing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has no fast check, or fails it, is believed."""
     monkeypatch.setattr("crash_work.bad_chunks", lambda *given: [])
+
+
+def checks_that_pass_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ChunkChecks, "is_right", lambda self, chunk, data: self.has(chunk))
+
+
+def checks_of_half_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = ChunkChecks._check
+    monkeypatch.setattr(
+        ChunkChecks, "_check", lambda self, chunk, data: check(self, chunk, data[: len(data) // 2])
+    )
 
 
 def bit_before_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +359,10 @@ def bit_before_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
         no_sync_of_directories,
         belief_after_a_failed_sync,
         tree_believed_after_a_crash,
+        claims_without_a_check,
         claims_without_hashing,
+        checks_that_pass_anything,
+        checks_of_half_a_chunk,
         bit_before_every_place,
     ],
 )

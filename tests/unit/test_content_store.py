@@ -14,7 +14,8 @@ from snowdrop.content.disk import DiskTier
 from snowdrop.content.diskio import DiskIo
 from snowdrop.content.ingest import PushOptions, push_source
 from snowdrop.content.ingest.directory import DirectorySource
-from snowdrop.content.keys import key_domain, load_keyring, tenant_key
+from snowdrop.content.keys import Hasher, key_domain, load_keyring, tenant_key
+from snowdrop.content.landing import Landing
 from snowdrop.content.layout import PUBLIC_DOMAIN, manifest_key
 from snowdrop.content.manifest import decode_manifest, encode_manifest, manifest_digest
 from snowdrop.content.progress import ProgressReader
@@ -215,6 +216,73 @@ async def test_damage_on_disk_is_found_and_mended_from_the_origin(
         assert_tree(landed, source)
     async with open_store(settings_for(cache), origin=origin) as store:
         assert (await ensure(store, digest)).content.origin == 0
+
+
+def counted_hashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of what is hashed to judge chunks, from now on."""
+    sizes: list[int] = []
+
+    def hexdigest(self: Hasher, data: bytes | bytearray | memoryview) -> str:
+        sizes.append(len(data))
+        return real(self, data)
+
+    real = Hasher.hexdigest
+    monkeypatch.setattr(Hasher, "hexdigest", hexdigest)
+    return sizes
+
+
+@pytest.mark.parametrize("map_tensors", [True, False])
+async def test_what_this_node_verified_and_wrote_is_checked_fast_when_read_back(
+    tmp_path: Path, source: Path, origin: CountingOrigin, monkeypatch: pytest.MonkeyPatch, map_tensors: bool
+) -> None:
+    cache, digest = tmp_path / "cache", push(source, origin).artefact.manifest
+    async with open_store(settings_for(cache), origin=origin) as store:
+        await ensure(store, digest, map_tensors=map_tensors)
+        await store.wait_directory(digest)
+    (landing_of(cache, digest) / "proof").unlink()  # as after a restart of the machine
+    hashed = counted_hashes(monkeypatch)
+    async with open_store(settings_for(cache), origin=origin) as store:
+        landed = await ensure(store, digest)
+        assert area_bytes(landed, "model.safetensors") == (source / "model.safetensors").read_bytes()
+        assert landed.content.disk == landed.content.total
+        await store.wait_directory(digest)
+        assert_tree(landed, source)
+    assert max(hashed) < 4096  # the manifest
+
+
+async def test_a_directory_without_checks_is_hashed_once_and_has_them_from_then_on(
+    tmp_path: Path, source: Path, origin: CountingOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, digest = tmp_path / "cache", push(source, origin).artefact.manifest
+    with monkeypatch.context() as before:
+        before.setattr(Landing, "learn", lambda *given: None)
+        await landed_once(cache, digest, origin)
+    for is_first in (True, False):
+        hashed = counted_hashes(monkeypatch)
+        async with open_store(settings_for(cache), origin=origin) as store:
+            landed = await ensure(store, digest)
+            assert landed.content.origin == 0
+            await store.wait_directory(digest)
+        assert (max(hashed) > 1 << 20) == is_first
+
+
+async def test_a_check_that_is_itself_wrong_condemns_nothing(
+    tmp_path: Path, source: Path, origin: CountingOrigin
+) -> None:
+    cache, digest = tmp_path / "cache", push(source, origin).artefact.manifest
+    disk = DiskTier(cache, 64 << 20)
+    async with open_store(settings_for(cache), origin=origin, disk=disk) as store:
+        await ensure(store, digest)
+        await store.wait_directory(digest)
+        landing = store.landing_of(digest)
+        for chunk in range(len(landing.manifest.chunks)):
+            landing.learn(chunk, memoryview(b"not the chunk's bytes"))
+        landing.sync()
+    async with open_store(settings_for(cache), origin=origin) as store:
+        landed = await ensure(store, digest)
+        assert landed.content.origin == 0
+        assert area_bytes(landed, "model.safetensors") == (source / "model.safetensors").read_bytes()
+        assert not any(store.parts.disk.events.counts.values())
 
 
 class CrashBeforeMap(DiskIo):

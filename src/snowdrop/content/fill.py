@@ -16,10 +16,11 @@ from itertools import count
 
 from snowdrop.content.area import Area
 from snowdrop.content.landing import Landing
+from snowdrop.content.landread import wrong_on_disk
 from snowdrop.content.placement import READ_BYTES_MAX, AreaLayout
 from snowdrop.content.progress import FillState
 from snowdrop.content.runs import Awaited, Outcome, Paced, Reader, Run, Ticket
-from snowdrop.content.source import ChunkSource, Tier, wrong_chunk
+from snowdrop.content.source import ChunkSource, FindBad, Tier, wrong_chunk
 from snowdrop.domain.errors import CorruptContentError, IntegrityError, ReadCancelledError, SnowdropError
 from snowdrop.domain.ids import DEFAULT_TENANT, TenantId
 from snowdrop.domain.manifest import Manifest
@@ -28,9 +29,6 @@ from snowdrop.policy.prefetch import LATER, URGENT, WANTED, FetchOrder, load_ord
 WRONG_READS_MAX = 3
 """So often a chunk may come wrong from the last source: bytes get damaged on their way."""
 _turns = count(1)
-
-FindBad = Callable[[int, int, memoryview], list[int]]
-"""(first, count, bytes): those of the chunks whose bytes are not what their digests say."""
 
 
 class Fill:
@@ -49,6 +47,7 @@ class Fill:
         self.layout = layout
         self.area: Area | None = None
         self.landing: Landing | None = None
+        self.is_kept = True  # whether tensor files follow to the directory
         self.siblings: tuple[ChunkSource, ...] = ()  # other artefacts, the nearest first
         self.awaited: Awaited | None = None
         self.turn = 0  # later ones have higher numbers; one waits for earlier ones only: never in a circle
@@ -225,14 +224,10 @@ class Fill:
         return self.is_whole_wanted and self._needs_area(chunk)
 
     def _needs_area(self, chunk: int) -> bool:
-        if (
-            self.area is None
-            or self._area_error is not None
-            or not self.readers
-            or chunk not in self.layout.places
-        ):
+        area = self.area
+        if area is None or self._area_error is not None or not self.readers:
             return False
-        return not self.area.is_filled(chunk)
+        return chunk in self.layout.places and not area.is_filled(chunk)
 
     def _is_in_area(self, chunk: int) -> bool:
         # One that is still in flight may be there, but is not booked yet: whose bytes they were is not known.
@@ -263,7 +258,7 @@ class Fill:
         view = scratch(run.length) if found is None else found
         try:
             run.source.read(run.first, run.count, view)
-            outcome = Outcome(self.find_bad(run.first, run.count, view))
+            outcome = Outcome(self._wrong_of(run, view))
         except SnowdropError as error:
             outcome = Outcome(list(range(run.first, run.first + run.count)), error)
         self.set_aside(run, outcome.bad)
@@ -275,6 +270,11 @@ class Fill:
                 self._deliver(run, chunk, view[done : done + size], lies_at, outcome)
             done += size
         return outcome
+
+    def _wrong_of(self, run: Run, view: memoryview) -> list[int]:
+        if self.landing is not None and run.source is self.landing:
+            return wrong_on_disk(self.landing, self.find_bad, run.first, run.count, view)
+        return self.find_bad(run.first, run.count, view)
 
     def set_aside(self, run: Run, bad: list[int]) -> None:
         """The run's source is not asked for these any more; the last one may be."""
@@ -292,7 +292,10 @@ class Fill:
         try:
             if run.source is landing:
                 landing.confirm(chunk, data)
-            elif self._landing_goal[chunk] or run.area is None:  # asked for, or read for somebody who gave up
+                return
+            if self.is_kept:
+                landing.learn(chunk, data)
+            if self._landing_goal[chunk] or run.area is None:  # asked for, or read for somebody who gave up
                 landing.write(chunk, data)
         except SnowdropError as error:
             outcome.landing_error = error

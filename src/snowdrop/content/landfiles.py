@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from errno import EINVAL
 from pathlib import Path
 
-from snowdrop.content.behind import Block
+from snowdrop.content.behind import Block, FilledArea
 from snowdrop.content.descriptors import Descriptors
 from snowdrop.content.direct import ALIGNMENT, is_congruent, read_buffered, read_direct
 from snowdrop.content.diskio import DiskIo
@@ -74,6 +74,16 @@ class LandingFiles:
             self._io.write(fd, data, place.file_offset)
             if len(data) >= WRITE_BACK_BYTES_MIN:
                 self._io.begin_write_back(fd, place.file_offset, len(data))
+
+    def write_from(self, block: Block, area: FilledArea) -> None:
+        """Writes a block of an area, of which it may have more than one piece."""
+        done = 0
+        while done < block.length:
+            at = block.area_offset + done
+            length = area.stretch(at, block.length - done)
+            part = block._replace(file_offset=block.file_offset + done, area_offset=at, length=length)
+            self.write_block(part, area.window(at, length))
+            done += length
 
     def write_block(self, block: Block, view: memoryview) -> None:
         """Writes a block past the page cache, but for the part of a page at the end of the file."""

@@ -3,12 +3,12 @@
     tree/        the files that are complete and proven: what replicas see, a directory that can be bind-mounted
     partial/     the same files while chunks are missing or unproven
     manifest     the encoded manifest
-    chunks.map   one bit per chunk: its bytes in the files are durable (`chunkmap.py`)
+    chunks.map   one bit per chunk: its bytes in the files are durable; how they are checked (`chunkmap.py`)
     proof        which files of the tree need not be read again before the machine restarts (`proof.py`)
 
 Write ordering: data, then fdatasync of the data, then the directories, then the bit, then fdatasync of the bit. A
 crash at any point leaves bits only for chunks whose bytes were durable. Bits are a claim, not a proof: a new
-process reads and hashes a chunk before it believes it. A file with a missing or unproven chunk is never in tree/.
+process reads and checks a chunk before it believes it. A file with a missing or unproven chunk is never in tree/.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from snowdrop.content.behind import Behind, Block, FilledArea
+from snowdrop.content.behind import Behind, FilledArea
 from snowdrop.content.chunkmap import ChunkMap
 from snowdrop.content.descriptors import Descriptors
 from snowdrop.content.diskio import DiskIo, translated
@@ -29,7 +29,7 @@ from snowdrop.content.events import EventKind, SeenBy
 from snowdrop.content.landfiles import LandingFiles
 from snowdrop.content.landtree import LandingTree
 from snowdrop.content.manifest import encode_manifest
-from snowdrop.content.placement import FilePlace, file_places
+from snowdrop.content.placement import FilePlace, file_places, joined
 from snowdrop.content.proof import current_boot_id
 from snowdrop.content.source import Tier
 from snowdrop.domain.errors import IntegrityError
@@ -84,6 +84,7 @@ class Landing:
         self._behind: Behind | None = None
         self._dirty: set[int] = set()
         self._is_map_dirty = False
+        self._are_checks_dirty = False
         self._sync_failures = 0
 
     def open(self) -> None:
@@ -115,7 +116,7 @@ class Landing:
 
     @property
     def is_undurable(self) -> bool:
-        return not self._is_closed and (any(self._written) or self._is_map_dirty)
+        return not self._is_closed and (any(self._written) or self._is_map_dirty or self._are_checks_dirty)
 
     def holds(self, chunk: int) -> bool:
         return bool(self._durable[chunk] or self._written[chunk]) and self._whole(chunk) is not None
@@ -143,10 +144,25 @@ class Landing:
                 if self._durable[chunk] or self._written[chunk]:
                     self._settle(chunk, written=mended)
 
+    def learn(self, chunk: int, data: memoryview) -> None:
+        """`data` has just been verified by its digest: what is read back of this chunk is compared with it."""
+        # Saved with the next bits. Where those are there already, somebody who comes by saves it.
+        if self._map.checks.learn(chunk, data) and self._durable[chunk]:
+            self._are_checks_dirty = True
+
+    def unchecked(self, first: int, count: int, view: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """Those of the chunks, read from here into `view`, that do not pass their fast check or have none."""
+        done = 0
+        for chunk in range(first, first + count):
+            data = view[done : done + self.manifest.chunks[chunk].plain_bytes]
+            done += len(data)
+            if not self._map.checks.is_right(chunk, data):
+                yield chunk, data
+
     def read(self, first: int, count: int, into: memoryview) -> None:
         done = 0
         with self._translated():
-            for place in self._spans(first, count):
+            for place in joined(self._place_to_read(chunk) for chunk in range(first, first + count)):
                 if not self._files.read(place, into[done : done + place.length]):
                     raise IntegrityError("landing file is cut short", where=str(self._tree.path(place.file)))
                 done += place.length
@@ -183,7 +199,7 @@ class Landing:
                 behind = self._behind = self._behind or Behind(self.manifest, area.layout)
                 blocks = behind.ready(area, self.is_verified, budget_bytes)
             for block in blocks:
-                self._write_block(block, area)
+                self._files.write_from(block, area)
                 written += block.length
                 with self._lock:
                     self._dirty.add(block.file)
@@ -225,6 +241,7 @@ class Landing:
             if not (self._durable[chunk] or self._written[chunk]):
                 return
             self._unsettle(chunk)
+            self._map.checks.forget(chunk)  # taken anew when it comes again, in case that it was what is wrong
             self._suspect[chunk] = seen_by
         self._notice("quarantined", chunk, seen_by)
 
@@ -273,15 +290,6 @@ class Landing:
         for index in self._files_of(chunk):
             self._tree.hide(index)
 
-    def _write_block(self, block: Block, area: FilledArea) -> None:
-        done = 0
-        while done < block.length:
-            at = block.area_offset + done
-            length = area.stretch(at, block.length - done)
-            part = block._replace(file_offset=block.file_offset + done, area_offset=at, length=length)
-            self._files.write_block(part, area.window(at, length))
-            done += length
-
     def _mend(self, place: FilePlace, data: memoryview) -> bool:
         """Makes sure that a place that may be unproven holds `data`; returns whether it had to be written."""
         with self._lock:
@@ -320,21 +328,11 @@ class Landing:
         whole = [place for place in self._places[chunk] if place.length == size]
         return next((place for place in whole if self._tree.is_complete[place.file]), whole[0] if whole else None)
 
-    def _spans(self, first: int, count: int) -> Iterator[FilePlace]:
-        """Where to read the chunks; neighbours in a file at once."""
-        span: FilePlace | None = None
-        for chunk in range(first, first + count):
-            place = self._whole(chunk)
-            if place is None:
-                raise IntegrityError("chunk lies nowhere in one piece", where=f"{self.directory}: chunk {chunk}")
-            if span is not None and (span.file, span.file_offset + span.length) == place[:2]:
-                span = span._replace(length=span.length + place.length)
-            else:
-                if span is not None:
-                    yield span
-                span = place
-        if span is not None:
-            yield span
+    def _place_to_read(self, chunk: int) -> FilePlace:
+        place = self._whole(chunk)
+        if place is None:
+            raise IntegrityError("chunk lies nowhere in one piece", where=f"{self.directory}: chunk {chunk}")
+        return place
 
     def _take_over(self, index: int) -> None:
         is_durable = all(self._durable[chunk] for chunk in self._chunks_of[index])
@@ -381,9 +379,9 @@ class Landing:
 
     def _write_map(self) -> None:
         with self._lock:
-            if not self._is_map_dirty:
+            if not (self._is_map_dirty or self._are_checks_dirty):
                 return
-            self._is_map_dirty = False
+            self._is_map_dirty = self._are_checks_dirty = False
             durable = bytearray(self._durable)
         try:
             self._map.write(durable)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from snowdrop.domain.manifest import ChunkRef, Extent, Manifest
@@ -38,6 +38,20 @@ def file_places(manifest: Manifest) -> list[list[FilePlace]]:
         for extent in entry.extents:
             places[extent.chunk].append(FilePlace(index, extent.file_offset, extent.chunk_offset, extent.length))
     return places
+
+
+def joined(places: Iterable[FilePlace]) -> Iterator[FilePlace]:
+    """The same stretches, neighbours in a file as one; `chunk_offset` is that of the first."""
+    span: FilePlace | None = None
+    for place in places:
+        if span is not None and (span.file, span.file_offset + span.length) == place[:2]:
+            span = span._replace(length=span.length + place.length)
+            continue
+        if span is not None:
+            yield span
+        span = place
+    if span is not None:
+        yield span
 
 
 def name_of(chunk: ChunkRef) -> tuple[str, int]:

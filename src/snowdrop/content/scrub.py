@@ -66,6 +66,7 @@ def check_chunk(landing: Landing, chunk: int, hasher: Hasher) -> bool:
             covered.append((place.chunk_offset, end))
     if hasher.hexdigest(data) != landing.manifest.chunks[chunk].digest:
         return False
+    landing.learn(chunk, view)
     landing.confirm(chunk, view)
     return True
 

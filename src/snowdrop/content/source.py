@@ -5,6 +5,7 @@ Sources do not verify: `fetch` does, on arrival, for every source alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 from snowdrop.content.codec import decode
@@ -15,6 +16,8 @@ from snowdrop.domain.errors import IntegrityError
 from snowdrop.domain.manifest import ChunkRef, Manifest
 
 Tier = Literal["ram", "disk", "peer", "origin"]
+FindBad = Callable[[int, int, memoryview], list[int]]
+"""(first, count, bytes): those of the chunks whose bytes are not what their digests say."""
 
 
 class ChunkSource(Protocol):

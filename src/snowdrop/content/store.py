@@ -318,7 +318,7 @@ class ContentStore:
             return artefact.landing
         async with self._opening:
             reservation = self._disk.reserve(digest, artefact.manifest, self._pins.pinned())
-            artefact.has_room = reservation.has_room
+            artefact.has_room = artefact.fill.is_kept = reservation.has_room
             for victim in reservation.victims:
                 self._artefacts.pop(victim, None)
             # Shielded: the books already say that the victims are gone.
