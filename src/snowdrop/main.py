@@ -174,8 +174,8 @@ async def _agent(layout: StateLayout, settings: Settings, arguments: argparse.Na
 
 async def _gateway(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
     from snowdrop.gateway.app import build_app, serving, spare_collector
+    from snowdrop.gateway.assembly import carrying
     from snowdrop.gateway.broker import LocalBroker
-    from snowdrop.gateway.carrier import Carrier
     from snowdrop.gateway.link import ControlLink
     from snowdrop.gateway.owner import Owner
     from snowdrop.gateway.queue import QueueCore
@@ -204,11 +204,14 @@ async def _gateway(layout: StateLayout, settings: Settings, arguments: argparse.
                 await anyio.sleep_forever()
             upstreams = Upstreams()
             tasks.start_soon(upstreams.run)
-            carrier = Carrier(LocalBroker(owner, "worker-0"), upstreams)
-            relay = Relay(carrier, request_bytes_max=gateway.request_bytes_max)
-            app = build_app(relay, ready=lambda: core.connected)
-            spare_collector()
-            with socket.socket(fileno=arguments.listen_fd) as listening:
+            broker = LocalBroker(owner, "worker-0")
+            with (
+                carrying(broker, upstreams, settings) as carrier,
+                socket.socket(fileno=arguments.listen_fd) as listening,
+            ):
+                relay = Relay(carrier, request_bytes_max=gateway.request_bytes_max)
+                app = build_app(relay, ready=lambda: core.connected)
+                spare_collector()
                 async with serving(app, listening, shutdown_s_max=gateway.shutdown_s_max):
                     _say_ready(arguments)
                     await anyio.sleep_forever()
@@ -217,8 +220,8 @@ async def _gateway(layout: StateLayout, settings: Settings, arguments: argparse.
 
 async def _gateway_worker(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
     from snowdrop.gateway.app import build_app, serving, spare_collector
+    from snowdrop.gateway.assembly import carrying
     from snowdrop.gateway.broker import RemoteBroker
-    from snowdrop.gateway.carrier import Carrier
     from snowdrop.gateway.relay import Relay
     from snowdrop.gateway.upstream.pool import Upstreams
 
@@ -228,14 +231,17 @@ async def _gateway_worker(layout: StateLayout, settings: Settings, arguments: ar
     async with anyio.create_task_group() as background:
         stream = await anyio.connect_unix(layout.owner_socket)
         await background.start(broker.run, stream)
-        relay = Relay(Carrier(broker, upstreams), request_bytes_max=gateway.request_bytes_max)
-        app = build_app(relay, ready=lambda: broker.connected)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_until_stopped, tasks.cancel_scope)
             tasks.start_soon(upstreams.run)
             tasks.start_soon(broker.cancel_when_gone, tasks.cancel_scope)
-            spare_collector()
-            with socket.socket(fileno=arguments.listen_fd) as listening:
+            with (
+                carrying(broker, upstreams, settings) as carrier,
+                socket.socket(fileno=arguments.listen_fd) as listening,
+            ):
+                relay = Relay(carrier, request_bytes_max=gateway.request_bytes_max)
+                app = build_app(relay, ready=lambda: broker.connected)
+                spare_collector()
                 async with serving(app, listening, shutdown_s_max=gateway.shutdown_s_max):
                     _say_ready(arguments)
                     await anyio.sleep_forever()

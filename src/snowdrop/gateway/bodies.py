@@ -31,6 +31,7 @@ class IncomingBody:
         self._began_s = time.monotonic()
         self.whole: bytes | None = start if ended else None
         self.refused: SnowdropError | None = None
+        self.received_bytes = len(start)
 
     @classmethod
     async def begin(cls, request: web.Request, bytes_max: int) -> IncomingBody:
@@ -60,10 +61,11 @@ class IncomingBody:
     async def stream(self) -> AsyncIterator[bytes]:
         """The whole body as it comes; stops with `refused` set when it grows too large or too slow."""
         yield self._start
-        taken = len(self._start)
         content = self._request.content
         while True:
-            left_s = self._began_s + BODY_STALL_S_MAX + taken / BODY_PACE_BYTES_S_MIN - time.monotonic()
+            left_s = (
+                self._began_s + BODY_STALL_S_MAX + self.received_bytes / BODY_PACE_BYTES_S_MIN - time.monotonic()
+            )
             try:
                 async with asyncio.timeout(max(0.0, left_s)):
                     chunk = await content.readany()
@@ -72,8 +74,8 @@ class IncomingBody:
                 raise self.refused from error
             if not chunk:
                 return
-            taken += len(chunk)
-            if taken > self._bytes_max:
+            self.received_bytes += len(chunk)
+            if self.received_bytes > self._bytes_max:
                 self.refused = _too_large(self._bytes_max, "the request's body is too large")
                 raise self.refused
             yield chunk

@@ -54,6 +54,8 @@ class Body(Protocol):
     def whole(self) -> bytes | None: ...
     @property
     def refused(self) -> SnowdropError | None: ...
+    @property
+    def received_bytes(self) -> int: ...
     def stream(self) -> AsyncIterator[bytes]: ...
 
 
@@ -64,6 +66,7 @@ class WholeBody:
 
     def __init__(self, data: bytes) -> None:
         self.whole: bytes | None = data
+        self.received_bytes = len(data)
 
     async def stream(self) -> AsyncIterator[bytes]:
         if self.whole:

@@ -20,6 +20,7 @@ from snowdrop.domain.receipt import CallerTimes, Span, join_caller
 from snowdrop.gateway.bodies import BODY_WHOLE_BYTES_MAX
 from snowdrop.gateway.broker import Broker
 from snowdrop.gateway.call import Call, Sink
+from snowdrop.gateway.finished import begin_call_trace
 from snowdrop.gateway.news import NewsBox
 from snowdrop.gateway.upstream.connection import BrokenError, UnconnectedError
 from snowdrop.gateway.upstream.pool import Exchange, Upstreams
@@ -44,10 +45,18 @@ Finished = Callable[[Call, SnowdropError | None], None]
 class Carrier:
     """One per worker process."""
 
-    def __init__(self, broker: Broker, upstreams: Upstreams, *, finished: Finished | None = None) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        upstreams: Upstreams,
+        *,
+        finished: Finished | None = None,
+        trace_sample_ratio: float = 0.0,
+    ) -> None:
         self.broker = broker
         self.upstreams = upstreams
         self._finished = finished
+        self._trace_sample_ratio = trace_sample_ratio
 
     async def carry(self, call: Call, sink: Sink) -> None:
         """Carries a call to its end.
@@ -56,6 +65,7 @@ class Carrier:
         up its place in the queue, or cancels the replica's work. The slot comes back in every case.
         """
         error: SnowdropError | None = None
+        begin_call_trace(call, sample_ratio=self._trace_sample_ratio)
         try:
             error = await self.with_slot(call, lambda lease: _Exchange(self, call, sink, lease).run(), sink)
         except SnowdropError as raised:

@@ -345,6 +345,8 @@ class QueueCore:
             socket_path=route.socket_path,
             request_s_max=deployment.route.queue.request_s_max,
             granted_unix_ns=now.unix_ns,
+            tenant=deployment.route.tenant,
+            revision=route.revision,
             receipt=route.receipt if waited_for_it else None,
             spans=route.spans if waited_for_it else (),
             ordered_unix_ns=route.ordered_unix_ns,

@@ -58,8 +58,8 @@ class Observer:
     """Hands each record to its listeners, in the order in which they were added."""
 
     def __init__(self, *listeners: Listener) -> None:
-        self._listeners = listeners
+        self.listeners = listeners
 
     def request_done(self, done: RequestDone) -> None:
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener(done)

@@ -7,7 +7,7 @@ dies holds nothing back.
 from __future__ import annotations
 
 from snowdrop.domain.errors import ErrorBody
-from snowdrop.domain.ids import DeploymentName, ReceiptId, ReplicaId, TenantId
+from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, ReceiptId, ReplicaId, RevisionId, TenantId
 from snowdrop.domain.receipt import CallerTimes, Span
 from snowdrop.wire.codec import Codec, Message
 
@@ -70,6 +70,8 @@ class Granted(Message, frozen=True, kw_only=True):
     socket_path: str
     request_s_max: float
     granted_unix_ns: int
+    tenant: TenantId = DEFAULT_TENANT
+    revision: RevisionId = RevisionId("")
     receipt: ReceiptId | None = None
     spans: tuple[Span, ...] = ()
     ordered_unix_ns: int = 0
