@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from snowdrop.sdk.api import ResourceSpec as ResourceSpec
     from snowdrop.sdk.api import Scale as Scale
     from snowdrop.sdk.api import Schedule as Schedule
+    from snowdrop.sdk.api import asgi as asgi
     from snowdrop.sdk.api import cancelled as cancelled
+    from snowdrop.sdk.api import command as command
     from snowdrop.sdk.api import endpoint as endpoint
     from snowdrop.sdk.api import service as service
     from snowdrop.sdk.api import shutdown as shutdown
@@ -31,7 +33,9 @@ _SDK_NAMES = frozenset(
         "ResourceSpec",
         "Scale",
         "Schedule",
+        "asgi",
         "cancelled",
+        "command",
         "endpoint",
         "service",
         "shutdown",

@@ -14,6 +14,7 @@ from snowdrop.domain.errors import SnowdropError
 from snowdrop.domain.manifest import ArtefactRef
 from snowdrop.domain.receipt import ContentBytes, Span
 from snowdrop.domain.replica import ReplicaKey
+from snowdrop.wire.control import StartReplica
 from snowdrop.wire.replica import ModelHandle, SlabHandle
 
 log = logging.getLogger("snowdrop.agent")
@@ -24,6 +25,16 @@ class Landed(msgspec.Struct, frozen=True, kw_only=True):
 
     content: ContentBytes
     spans: tuple[Span, ...]
+
+
+def wants_tensors(order: StartReplica) -> bool:
+    """A command reads files and would never look at tensors in memory."""
+    return order.revision.spec.command is None
+
+
+def is_lazy(bound: BoundModel, order: StartReplica, mounts: ModelMounts) -> bool:
+    """A command's files are fetched as it reads them, if that can be; else all of them before it starts."""
+    return bound.lazy and (wants_tensors(order) or mounts.is_possible)
 
 
 async def with_all_files(

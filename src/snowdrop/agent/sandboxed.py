@@ -17,7 +17,7 @@ import msgspec
 
 from snowdrop.agent.context import NodeContext
 from snowdrop.agent.dataplane.client import EnsuredContent
-from snowdrop.agent.handing import Landed, either, model_handle, with_all_files
+from snowdrop.agent.handing import Landed, either, is_lazy, model_handle, wants_tensors, with_all_files
 from snowdrop.agent.logs import LogLimits, LogSink
 from snowdrop.agent.sandbox.launcher import (
     CODE_TARGET,
@@ -244,7 +244,7 @@ class Sandboxed:
             self._order.key.tenant,
             bound.artefact.manifest,
             self._order.key.replica,
-            map_tensors=True,
+            map_tensors=wants_tensors(self._order),
             lazy=bound.lazy,
             key_domain=bound.artefact.key_domain,
         )
@@ -375,8 +375,8 @@ async def replica_content(order: StartReplica, context: NodeContext, sandboxed: 
             order.key.tenant,
             artefact.manifest,
             order.key.replica,
-            map_tensors=bound is not None,
-            lazy=bound is not None and bound.lazy,
+            map_tensors=bound is not None and wants_tensors(order),
+            lazy=bound is not None and is_lazy(bound, order, context.mounts),
             key_domain=artefact.key_domain,
         )
         if bound is None:

@@ -13,6 +13,7 @@ from snowdrop.domain.batching import Batch as Batch  # noqa: PLC0414 -- part of 
 from snowdrop.domain.require import require
 from snowdrop.domain.scale import Scale as Scale  # noqa: PLC0414 -- part of what a service says
 from snowdrop.domain.scale import Schedule as Schedule  # noqa: PLC0414
+from snowdrop.domain.servers import OPENAI_PATHS, AsgiSpec, CommandSpec, check_models, check_openai_paths
 
 SERVICE_ATTRIBUTE = "__snowdrop_service__"
 """Class attribute under which the decorator leaves the ServiceSpec."""
@@ -99,7 +100,11 @@ class EndpointSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a service's code says about itself. `entry` is `module:Class` once the code is packed."""
+    """All that a service's code says about itself. `entry` is `module:Class` once the code is packed.
+
+    A service is a class with `endpoints`, or a `command`, or an `asgi` app, whose entry is `module:variable`.
+    `openai` names the paths of OpenAI's dialect that a command or an app serves.
+    """
 
     class_name: str
     entry: str = ""
@@ -117,8 +122,12 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     startup_name: str | None = None
     shutdown_name: str | None = None
     endpoints: tuple[EndpointSpec, ...] = ()
+    command: CommandSpec | None = None
+    asgi: AsgiSpec | None = None
+    openai: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_kind()
         require(
             1 <= self.concurrency <= CONCURRENCY_MAX,
             "concurrency",
@@ -128,3 +137,16 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
         require(0 < self.import_s_max <= 3_600, "import_s_max", "more than 0, at most 3,600 s")
         require(0 < self.drain_s_max <= 86_400, "drain_s_max", "more than 0, at most 86,400 s")
         require(len(self.accelerator) > 0, "accelerator", 'at least one, for example ["cpu"]')
+
+    def _check_kind(self) -> None:
+        check_openai_paths(self.openai)
+        if self.command is not None:
+            check_models(self.command, tuple((model.name, model.param) for model in self.models))
+        kinds = [self.command is not None, self.asgi is not None, bool(self.endpoints)]
+        require(sum(kinds) <= 1, "service", "endpoints, a command or an ASGI app, one of them")
+
+    @property
+    def openai_paths(self) -> tuple[str, ...]:
+        """What the service speaks of OpenAI's dialect: as it says, or by the names of its endpoints."""
+        named = {endpoint.path for endpoint in self.endpoints}
+        return tuple(path for path in OPENAI_PATHS if path in self.openai or path in named)

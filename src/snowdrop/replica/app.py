@@ -49,6 +49,8 @@ class ServiceApp:
     Both raise what the service's own code raises, SystemExit included.
     """
 
+    has_websockets = False
+
     def __init__(self, service_class: type, spec: ServiceSpec) -> None:
         self._class = service_class
         self._spec = spec
@@ -78,6 +80,11 @@ class ServiceApp:
                 self._batchers[each.path] = Batcher(
                     each.batch, call, f"{self._spec.class_name}.{each.method_name}"
                 )
+
+    async def live(self) -> int:
+        """A class has no life of its own beside its calls."""
+        await anyio.sleep_forever()
+        raise AssertionError("it sleeps for ever")
 
     def cut(self, error: SnowdropError) -> None:
         """Cancels every call and answers it with `error`; a thread sees `cancelled()` and is waited for."""

@@ -10,9 +10,17 @@ from snowdrop.domain.errors import InvalidInputError
 
 
 def load_class(entry: str, code_directory: Path) -> type:
-    """The class named by `module:Class` in `code_directory`, which goes first on the import path.
+    """The class named by `module:Class` in `code_directory`. Raises as `load_object`."""
+    found = load_object(entry, code_directory)
+    if not isinstance(found, type):
+        raise InvalidInputError(f"{entry} is no class", where=entry, next_step="deploy the service again")
+    return found
 
-    Raises InvalidInputError if there is none; whatever the module itself raises passes through.
+
+def load_object(entry: str, code_directory: Path) -> object:
+    """What `module:name` names in `code_directory`, which goes first on the import path.
+
+    Raises InvalidInputError if there is nothing; whatever the module itself raises passes through.
     """
     module_name, _, class_name = entry.partition(":")
     folder = str(code_directory)
@@ -29,7 +37,7 @@ def load_class(entry: str, code_directory: Path) -> type:
     found: object = module
     for part in class_name.split("."):
         found = getattr(found, part, None)
-    if not isinstance(found, type):
+    if found is None:
         raise InvalidInputError(
             f"{module_name} has no class {class_name!r}", where=entry, next_step="deploy the service again"
         )

@@ -17,9 +17,8 @@ import anyio.to_thread
 from snowdrop.domain.errors import TimedOutError
 from snowdrop.domain.receipt import Span
 from snowdrop.domain.trace import TraceSpan
-from snowdrop.replica.app import build_service
+from snowdrop.replica.build import build_servable
 from snowdrop.replica.link import AgentLink
-from snowdrop.replica.load import load_class
 from snowdrop.replica.servable import Servable
 from snowdrop.replica.server import HttpServer
 from snowdrop.replica.stages import (
@@ -83,7 +82,7 @@ class Runtime:
         code_directory = Path(self._boot.code_directory)
         begun_unix_ns = time.time_ns()
         try:
-            servable = build_service(load_class(self._boot.spec.entry, code_directory), self._boot.spec)
+            servable = build_servable(self._boot.spec, self._boot.key.deployment, code_directory)
         except BaseException as error:  # noqa: BLE001 -- SystemExit at import is a failed stage, too
             return self._import_failed(error)
         self._imported_unix_ns = time.time_ns()
@@ -110,11 +109,17 @@ class Runtime:
             async with anyio.create_task_group() as self._group:
                 self._events.send_nowait(ImportDone())
                 self._link.call_on_drain(self._drain_poster())
+                self._group.start_soon(self._live_beside)
                 # No bound: this is the replica's life, and the agent ends it.
                 async for event in events:
                     for instruction in self._lifecycle.handle(event):
                         await self._carry_out(instruction)
         return self._exit_code
+
+    async def _live_beside(self) -> None:
+        """A service that ends by itself takes the replica along: nobody would answer any more."""
+        self._exit_code = await self._servable.live()
+        self._group.cancel_scope.cancel()
 
     def _span_sink(self) -> Callable[[TraceSpan], None]:
         """Where the spans of sampled requests go: to the agent, or nowhere if the platform sends no traces."""

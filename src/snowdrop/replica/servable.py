@@ -1,4 +1,4 @@
-"""What the runtime can serve: today a service class; any ASGI app fits behind the same port."""
+"""What the runtime can serve: a service class, an ASGI app, a command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ Send = Callable[[AsgiMessage], Awaitable[None]]
 
 
 class Servable(Protocol):
-    """`start` and `shutdown` raise what user code raises; `asgi` answers in between; `cut` ends all calls."""
+    """`start` and `shutdown` raise what user code raises; `asgi` answers in between; `cut` ends all calls.
+
+    `live` runs beside all of them, from before `start` until the replica ends. If it returns, the service has
+    ended by itself, and the replica exits with that code.
+    """
+
+    @property
+    def has_websockets(self) -> bool: ...
+
+    async def live(self) -> int: ...
 
     async def asgi(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 

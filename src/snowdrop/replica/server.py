@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import socket
@@ -27,7 +28,7 @@ class HttpServer(uvicorn.Server):
                 servable.asgi,
                 loop="none",
                 http=HttpToolsProtocol,
-                ws="none",
+                ws=_websocket_protocol() if servable.has_websockets else "none",
                 lifespan="off",
                 interface="asgi3",
                 log_config=None,
@@ -54,3 +55,9 @@ class HttpServer(uvicorn.Server):
         """Accept no more, let what is in flight end, cancel it after `drain_s_max` seconds."""
         self.config.timeout_graceful_shutdown = max(1, math.ceil(drain_s_max))
         self.should_exit = True
+
+
+def _websocket_protocol() -> type[asyncio.Protocol]:
+    from snowdrop.replica.websockets import PatientWebSocket  # noqa: PLC0415 -- most services have none
+
+    return PatientWebSocket

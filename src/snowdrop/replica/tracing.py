@@ -66,6 +66,13 @@ class Traced:
         self._inner = inner
         self._sink = sink
 
+    @property
+    def has_websockets(self) -> bool:
+        return self._inner.has_websockets
+
+    async def live(self) -> int:
+        return await self._inner.live()
+
     async def start(self, models: dict[str, LoadedModel]) -> None:
         await self._inner.start(models)
 

@@ -32,6 +32,7 @@ from snowdrop.domain.service import (
     Schedule,
 )
 from snowdrop.sdk.schema import Mark, build_spec, check_path
+from snowdrop.sdk.servers import asgi, command
 
 __all__ = [
     "Batch",
@@ -41,7 +42,9 @@ __all__ = [
     "ResourceSpec",
     "Scale",
     "Schedule",
+    "asgi",
     "cancelled",
+    "command",
     "endpoint",
     "service",
     "shutdown",
@@ -188,6 +191,22 @@ _WANTED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "drain_s_max": ((int, float), "seconds"),
     "env": (dict, "a dict of str to str"),
 }
+
+
+def checked_options(given: Mapping[str, Any], models: Sequence[object]) -> dict[str, Any]:
+    """Options of `service` as fields of ServiceSpec, without those that are None. Raises InvalidInputError."""
+    for name in given:
+        if name not in _WANTED:
+            raise InvalidInputError(
+                f"there is no option `{name}`", where=name, next_step=f"there are: {', '.join(sorted(_WANTED))}"
+            )
+    options = dict.fromkeys(_WANTED) | {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
+    if isinstance(options["accelerator"], str):
+        options["accelerator"] = (options["accelerator"],)
+    _check_types(options, models)
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _check_types(options: Mapping[str, Any], models: Sequence[object]) -> None:

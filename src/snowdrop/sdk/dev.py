@@ -26,8 +26,12 @@ import watchfiles
 from snowdrop.domain.errors import ConflictError, InvalidInputError, SnowdropError, UserCodeError
 from snowdrop.domain.service import ServiceSpec
 from snowdrop.replica.app import build_service
+from snowdrop.replica.asgi import AsgiService
+from snowdrop.replica.command import CommandService
+from snowdrop.replica.servable import Servable
 from snowdrop.sdk.example import curl_command
-from snowdrop.sdk.load import USER_RAISED, check_file, load_service, place_of, split_target
+from snowdrop.sdk.load import USER_RAISED, Declared, check_file, load_service, place_of, split_target
+from snowdrop.sdk.servers import ServedApp
 from snowdrop.weights.loaded import LoadedModel
 
 STOP_S_MAX = 10.0
@@ -191,24 +195,47 @@ async def _live(options: _Options, listener: socket.socket) -> int:
     file, class_name = split_target(options.target)
     path = file.absolute()
     directories = dict(each.split("=", 1) for each in options.model)
-    try:
-        cls, spec = load_service(path, class_name)
-        service = build_service(cls, spec)
-        await service.start(_open_models(spec, directories))
-    except USER_RAISED as error:
-        failure = _show_failure(error, path)
-        if not options.stays:
-            return 1
-        await _serve(_Failed(failure), listener, options.parent_fd)
-        return 0
-    _announce(spec, listener)
-    await _serve(service.asgi, listener, options.parent_fd)
-    try:
-        await service.shutdown()
-    except USER_RAISED as error:
-        _show_failure(error, path)
+    failure: SnowdropError | None = None
+    code = 0
+    async with anyio.create_task_group() as group:
+        try:
+            declared, spec = load_service(path, class_name)
+            service = _build(declared, spec, path.parent)
+
+            async def live() -> None:
+                nonlocal code
+                code = await service.live()
+                group.cancel_scope.cancel()  # it has ended by itself
+
+            group.start_soon(live)
+            await service.start(_open_models(spec, directories))
+        except USER_RAISED as error:
+            failure = _show_failure(error, path)
+        else:
+            _announce(spec, listener)
+            await _serve(service.asgi, listener, options.parent_fd)
+            try:
+                await service.shutdown()
+            except USER_RAISED as error:
+                _show_failure(error, path)
+                code = 1
+        group.cancel_scope.cancel()
+    if failure is None:
+        return code
+    if not options.stays:
         return 1
+    await _serve(_Failed(failure), listener, options.parent_fd)
     return 0
+
+
+def _build(declared: Declared, spec: ServiceSpec, folder: Path) -> Servable:
+    if spec.command is not None:
+        return CommandService(spec, spec.command, spec.class_name, folder)
+    if isinstance(declared, ServedApp):
+        assert spec.asgi is not None, "a service without a command that is no class is an app"
+        assert declared.app is not None, "an app has one"
+        return AsgiService(spec, spec.asgi, declared.app)
+    return build_service(declared, spec)
 
 
 def _open_models(spec: ServiceSpec, directories: dict[str, str]) -> dict[str, LoadedModel]:
@@ -255,7 +282,9 @@ def _announce(spec: ServiceSpec, listener: socket.socket) -> None:
     url = f"http://{shown}:{port}"
     lines = [f"{spec.class_name} at {url}"]
     lines += [f"  POST {each.path}  {each.doc.partition(chr(10))[0]}".rstrip() for each in spec.endpoints]
-    lines += ["try:", f"  {curl_command(spec.endpoints[0], url)}"]
+    lines += [f"  POST {path}  (OpenAI)" for path in spec.openai]
+    if spec.endpoints:
+        lines += ["try:", f"  {curl_command(spec.endpoints[0], url)}"]
     _say("\n".join(lines))
 
 

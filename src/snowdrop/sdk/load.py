@@ -10,8 +10,12 @@ import msgspec
 from snowdrop.domain.errors import InvalidInputError, NotFoundError, SnowdropError, UserCodeError
 from snowdrop.domain.service import ServiceSpec
 from snowdrop.sdk.schema import complete_spec, spec_of
+from snowdrop.sdk.servers import ServedApp
 
 MESSAGE_CHARS_MAX = 2_000
+
+Declared = type | ServedApp
+"""What declares a service in a module."""
 
 USER_RAISED = (Exception, SystemExit)
 """What importing user code may raise that is its own fault."""
@@ -49,8 +53,10 @@ def check_file(file: Path) -> Path:
     return path
 
 
-def load_service(file: Path, class_name: str | None) -> tuple[type, ServiceSpec]:
-    """Imports `file` and gives its service class and complete spec, `entry` set to `module:Class`.
+def load_service(file: Path, class_name: str | None) -> tuple[Declared, ServiceSpec]:
+    """Imports `file` and gives what declares its service, with the complete spec, `entry` set to `module:Class`.
+
+    That is a class, or what `sd.command` or `sd.asgi` returned, which goes by its variable's name.
 
     Puts the file's folder first on the module path. Raises NotFoundError, InvalidInputError, or UserCodeError
     chained to what the user's code raised.
@@ -63,11 +69,13 @@ def load_service(file: Path, class_name: str | None) -> tuple[type, ServiceSpec]
         raise
     except USER_RAISED as error:
         raise import_error(error, path) from error
-    cls = _choose(vars(module), path, class_name)
-    spec = spec_of(cls)
+    name, found = _choose(vars(module), path, class_name)
+    if isinstance(found, ServedApp):
+        return found, msgspec.structs.replace(found.spec, class_name=name, entry=f"{path.stem}:{name}")
+    spec = spec_of(found)
     assert spec is not None, "_choose gives service classes alone"
-    entry = f"{path.stem}:{class_name or cls.__name__}"
-    return cls, msgspec.structs.replace(complete_spec(cls, spec), entry=entry)
+    entry = f"{path.stem}:{class_name or found.__name__}"
+    return found, msgspec.structs.replace(complete_spec(found, spec), entry=entry)
 
 
 def import_error(error: BaseException, path: Path) -> SnowdropError:
@@ -96,12 +104,21 @@ def _short(filename: str, folder: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else filename
 
 
-def _choose(names: dict[str, object], path: Path, class_name: str | None) -> type:
-    services = {name: value for name, value in names.items() if isinstance(value, type) and spec_of(value)}
-    own = {value.__name__: value for value in services.values() if value.__module__ == path.stem}
+def _choose(names: dict[str, object], path: Path, class_name: str | None) -> tuple[str, Declared]:
+    """The service by the name that it goes by in its module."""
+    services: dict[str, Declared] = {
+        name: value
+        for name, value in names.items()
+        if isinstance(value, ServedApp) or (isinstance(value, type) and spec_of(value))
+    }
+    own = {
+        name if isinstance(value, ServedApp) else value.__name__: value
+        for name, value in services.items()
+        if isinstance(value, ServedApp) or value.__module__ == path.stem
+    }
     if class_name is not None:
         if class_name in services:
-            return services[class_name]
+            return class_name, services[class_name]
         raise InvalidInputError(
             f"{path.name} has no service class {class_name!r}",
             where=path.name,
@@ -111,12 +128,12 @@ def _choose(names: dict[str, object], path: Path, class_name: str | None) -> typ
         raise InvalidInputError(
             f"{path.name} has no service class",
             where=path.name,
-            next_step="decorate one class with `@sd.service(...)`",
+            next_step="decorate one class with `@sd.service(...)`, or assign `sd.command(...)` or `sd.asgi(app)`",
         )
     if len(own) > 1:
         raise InvalidInputError(
-            f"{path.name} has several service classes: {', '.join(sorted(own))}",
+            f"{path.name} has several services: {', '.join(sorted(own))}",
             where=path.name,
             next_step=f"name one, as in {path.name}:{min(own)}",
         )
-    return next(iter(own.values()))
+    return next(iter(own.items()))
