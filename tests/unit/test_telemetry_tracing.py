@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as ProtoSpan
 
+from collector import collecting
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.receipt import Span
 from snowdrop.domain.settings import TracingSettings
@@ -48,47 +43,14 @@ def _done(traceparent: str | None = PARENT, **fields: object) -> RequestDone:
     return RequestDone(**{**values, **fields})  # type: ignore[arg-type]
 
 
-class _Collector(BaseHTTPRequestHandler):
-    received: list[ExportTraceServiceRequest]
-    status = 200
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
-        if self.headers.get("content-encoding") == "gzip":
-            body = gzip.decompress(body)
-        if self.path == "/v1/traces":
-            type(self).received.append(ExportTraceServiceRequest.FromString(body))
-        self.send_response(self.status)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the library's name
-        return
-
-
-@contextmanager
-def _collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
-    handler = type("Handler", (_Collector,), {"received": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", handler.received
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 def test_a_collector_gets_the_request_its_wait_and_its_cold_start() -> None:
-    with _collector() as (endpoint, received):
-        tracing = open_tracing(TracingSettings(otlp_endpoint=endpoint))
+    with collecting() as collector:
+        tracing = open_tracing(TracingSettings(otlp_endpoint=collector.endpoint))
         request_traces(tracing)(_done())
         tracing.close()
-    (request,) = received
-    (of_resource,) = request.resource_spans
-    names = {pair.key: pair.value.string_value for pair in of_resource.resource.attributes}
-    assert names["service.name"] == "snowdrop-gateway"
-    spans: dict[str, ProtoSpan] = {span.name: span for span in of_resource.scope_spans[0].spans}
+    assert len(collector.requests) == 1
+    assert {service for service, _ in collector.spans()} == {"snowdrop-gateway"}
+    spans: dict[str, ProtoSpan] = {span.name: span for _, span in collector.spans()}
     assert set(spans) == {"POST /embed", "queue", "cold start: activate", "cold start: startup", "replica"}
     server = spans["POST /embed"]
     assert server.trace_id.hex() == "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -101,11 +63,11 @@ def test_a_collector_gets_the_request_its_wait_and_its_cold_start() -> None:
 
 
 def test_what_is_not_sampled_is_not_sent() -> None:
-    with _collector() as (endpoint, received):
-        tracing = open_tracing(TracingSettings(otlp_endpoint=endpoint))
+    with collecting() as collector:
+        tracing = open_tracing(TracingSettings(otlp_endpoint=collector.endpoint))
         request_traces(tracing)(_done(PARENT.removesuffix("01") + "00"))
         tracing.close()
-    assert received == []
+    assert collector.requests == []
 
 
 def test_a_refused_request_failed_in_the_queue() -> None:
@@ -116,9 +78,9 @@ def test_a_refused_request_failed_in_the_queue() -> None:
 
 
 def test_a_collector_that_is_away_neither_fails_nor_holds_up_requests() -> None:
-    with _collector() as (endpoint, _received):
+    with collecting() as collector:
         pass
-    tracing = SentTraces(http_exporter(endpoint, export_s_max=0.05))
+    tracing = SentTraces(http_exporter(collector.endpoint, export_s_max=0.05))
     for _ in range(QUEUE_SPANS_MAX):
         request_traces(tracing)(_done())
     tracing.close()
