@@ -1,4 +1,9 @@
-"""Whether starting another replica of a revision is worth trying after the last ones failed."""
+"""Whether starting another replica of a revision is worth trying after the last ones failed.
+
+After FAILURES_MAX failures in a row the revision is crash-looping: it starts nothing, so it costs nothing, but for one
+try after each of a row of growing pauses. That one tells whether what was wrong (a host that was away, a full
+disk) is over, without anybody having to act.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,9 @@ import msgspec
 BACKOFF_S_FIRST = 0.5
 BACKOFF_S_MAX = 60.0
 FAILURES_MAX = 4
-"""So many starts in a row may fail; then the revision is crash-looping and costs nothing more."""
+"""So many starts in a row may fail; then the revision is crash-looping."""
+PROBE_S_FIRST = 30.0
+PROBE_S_MAX = 3_600.0
 PROVEN_S = 30.0
 """A replica that was ready for so long and then dies does not count as a failed start."""
 
@@ -31,20 +38,33 @@ class BackOff(msgspec.Struct, frozen=True):
 
 
 class CrashLooping(msgspec.Struct, frozen=True):
-    """Not any more, until somebody deploys a new revision or scales the deployment again."""
+    """Nothing before `until_s`, then one single start; at once if somebody deploys or scales."""
 
     failures: int
     reason: str
+    until_s: float
 
 
 def verdict(history: StartHistory, now_s: float) -> MayStart | BackOff | CrashLooping:
-    """Exponential back-off from 0.5 s; after FAILURES_MAX failures in a row, no more."""
+    """Exponential back-off from 0.5 s; after FAILURES_MAX failures in a row, pauses from 30 s to an hour."""
     if history.failures == 0:
         return MayStart()
     if history.failures >= FAILURES_MAX:
-        return CrashLooping(history.failures, history.reason)
+        # Bounded before it is raised: a float has no room for 2**1024.
+        doublings = min(history.failures - FAILURES_MAX, 16)
+        pause_s = min(PROBE_S_FIRST * 2.0**doublings, PROBE_S_MAX)
+        return CrashLooping(history.failures, history.reason, history.failed_s + pause_s)
     until_s = history.failed_s + min(BACKOFF_S_FIRST * 2.0 ** (history.failures - 1), BACKOFF_S_MAX)
     return MayStart() if now_s >= until_s else BackOff(until_s)
+
+
+def starts_max(judged: MayStart | BackOff | CrashLooping, *, starting: int, now_s: float) -> int | None:
+    """How many may be started now, None for any number. `starting` are on their way already."""
+    if isinstance(judged, MayStart):
+        return None
+    if isinstance(judged, BackOff) or now_s < judged.until_s:
+        return 0
+    return 0 if starting else 1
 
 
 def after_failure(history: StartHistory, *, reason: str, ready_s: float | None, now_s: float) -> StartHistory:
