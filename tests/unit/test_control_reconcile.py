@@ -13,7 +13,7 @@ from snowdrop.domain.errors import ErrorBody, StorageFullError
 from snowdrop.domain.ids import DEFAULT_TENANT, NodeId, ReplicaId, receipt_id_of
 from snowdrop.domain.replica import ReplicaState
 from snowdrop.domain.service import ResourceSpec, Scale
-from snowdrop.policy.restart import FAILURES_MAX
+from snowdrop.policy.restart import FAILURES_MAX, PROBE_S_FIRST
 from snowdrop.state.memory import MemoryState
 from snowdrop.wire.codec import Message
 from snowdrop.wire.control import DeploymentRoute, DrainReplica, LoadReport, RouteChanged, StartReplica
@@ -142,29 +142,65 @@ async def test_a_gateway_that_goes_away_is_not_waited_for(bench: Bench) -> None:
     assert [type(m) for m in bench.iterate()] == [DrainReplica]
 
 
-async def test_a_crash_loop_stops_refuses_and_starts_again_on_scale(bench: Bench) -> None:
+async def crash_loop(bench: Bench) -> None:
+    """Start after start fails, until the revision is crash-looping."""
     bench.demand(queued=1)
     error = ErrorBody(kind="user_code", message="No module named 'x'", where="import")
     for attempt in range(FAILURES_MAX):
-        (name,) = bench.starts(after_s=100.0)
+        (name,) = bench.starts(after_s=10.0)
         bench.hear(name, ReplicaState.FAILED, error=error)
-        if attempt < FAILURES_MAX - 1:
-            entry = bench.world.deployments[KEY]
-            now_s = entry.starts.failed_s
-            assert next_look_s(entry, now_s) is not None
-            bench.now_s = now_s
-            assert bench.iterate() == [], "no back-off"
-            assert entry.health is DeploymentHealth.BACKING_OFF
-    assert bench.iterate(after_s=1e6) == []
+        assert bench.iterate() == [], "no back-off"
+        looping = attempt == FAILURES_MAX - 1
+        health = DeploymentHealth.CRASH_LOOPING if looping else DeploymentHealth.BACKING_OFF
+        entry = bench.world.deployments[KEY]
+        assert entry.health is health
+        assert next_look_s(entry, bench.now_s) is not None
     bench.loop.publish(KEY)
-    refusal = bench.route().refusal
-    assert refusal is not None
-    assert refusal.kind == "revision_failed"
-    assert "No module named 'x' [import]" in refusal.message
+
+
+async def test_a_crash_loop_parks_requests_and_tries_one_start_after_a_pause(bench: Bench) -> None:
+    await crash_loop(bench)
+    parked = bench.route().parked
+    assert parked is not None
+    assert bench.route().refusal is None
+    assert parked.error.kind == "revision_failed"
+    assert "No module named 'x' [import]" in parked.error.message
+    assert parked.next_try_unix_ns == int((bench.now_s + PROBE_S_FIRST) * 1e9)
+    bench.demand(queued=40)
+    assert bench.iterate(after_s=PROBE_S_FIRST - 1) == [], "spends during the pause"
+    (probe,) = bench.starts(after_s=1.0)
+    assert bench.iterate(after_s=1.0) == [], "more than one try"
+    bench.hear(probe, ReplicaState.FAILED)
+    assert bench.iterate(after_s=PROBE_S_FIRST + 1) == [], "the pause does not grow"
+    (probe,) = bench.starts(after_s=PROBE_S_FIRST)
+    bench.hear(probe, ReplicaState.READY)
+    bench.iterate()
+    bench.loop.publish(KEY)
+    assert bench.route().parked is None, "one that serves"
+
+
+async def test_nobody_who_waits_means_no_try(bench: Bench) -> None:
+    await crash_loop(bench)
+    bench.demand()
+    bench.iterate()
+    assert bench.iterate(after_s=1e5) == []
+
+
+async def test_a_deploy_or_scale_ends_the_pause_at_once(bench: Bench) -> None:
+    await crash_loop(bench)
     await bench.loop.set_deployment(deployment(generation=2, scale=SCALE))
     assert len(bench.starts()) == 1
     bench.loop.publish(KEY)
-    assert bench.route().refusal is None
+    assert bench.route().parked is None
+
+
+async def test_a_service_may_have_requests_refused_at_once() -> None:
+    bench = Bench()
+    await bench.start(park_s_max=0.0)
+    await crash_loop(bench)
+    refusal = bench.route().refusal
+    assert refusal is not None
+    assert refusal.kind == "revision_failed"
 
 
 async def test_a_ready_replica_serves_on_while_others_crash_loop(bench: Bench) -> None:

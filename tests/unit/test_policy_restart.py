@@ -3,6 +3,8 @@
 from snowdrop.policy.restart import (
     BACKOFF_S_FIRST,
     FAILURES_MAX,
+    PROBE_S_FIRST,
+    PROBE_S_MAX,
     PROVEN_S,
     BackOff,
     CrashLooping,
@@ -10,6 +12,7 @@ from snowdrop.policy.restart import (
     StartHistory,
     after_failure,
     after_proof,
+    starts_max,
     verdict,
 )
 
@@ -35,8 +38,19 @@ def test_each_failure_doubles_the_wait() -> None:
     assert waits == [BACKOFF_S_FIRST * 2**n for n in range(FAILURES_MAX - 1)]
 
 
-def test_after_enough_failures_in_a_row_nothing_starts_any_more() -> None:
-    assert verdict(failed(FAILURES_MAX), 1e9) == CrashLooping(FAILURES_MAX, "boom")
+def test_a_crash_loop_starts_nothing_but_one_try_after_each_growing_pause() -> None:
+    pauses = []
+    for times in range(FAILURES_MAX, FAILURES_MAX + 12):
+        looping = verdict(failed(times), 100.0)
+        assert isinstance(looping, CrashLooping)
+        assert starts_max(looping, starting=0, now_s=looping.until_s - 0.1) == 0
+        assert starts_max(looping, starting=0, now_s=looping.until_s) == 1
+        assert starts_max(looping, starting=1, now_s=looping.until_s) == 0, "two tries at once"
+        pauses.append(looping.until_s - 100.0)
+    assert pauses[0] == PROBE_S_FIRST
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == PROBE_S_MAX
+    assert isinstance(verdict(failed(100_000), 100.0), CrashLooping)
 
 
 def test_a_replica_that_had_proven_itself_forgives_what_was_before() -> None:

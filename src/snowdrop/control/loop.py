@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import anyio
 import msgspec
 
 from snowdrop.control.receipts import receipt_of
+from snowdrop.control import rollouts
 from snowdrop.control.reconcile import iterate, next_look_s
 from snowdrop.control.recorder import Recorder
 from snowdrop.control.routes import deployment_route
 from snowdrop.control.world import DeploymentEntry, DeploymentKey, ReplicaEntry, World
 from snowdrop.domain.deployment import Deployment
-from snowdrop.domain.errors import ReplicaDiedError, SnowdropError
+from snowdrop.domain.errors import ConflictError, ReplicaDiedError, SnowdropError
 from snowdrop.domain.ids import NodeId, ReplicaId
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
 from snowdrop.policy import restart
@@ -70,12 +72,14 @@ class ControlLoop:
         if revision is None:
             log.error("deployment %s/%s names revision %s, which is not stored", *key, deployment.revision)
             return
+        rival = None
+        if deployment.rival is not None:
+            rival = await self.state.get_revision(deployment.tenant, deployment.name, deployment.rival)
         entry = self.world.deployments.get(key)
         if entry is None:
-            self.world.deployments[key] = DeploymentEntry(deployment, revision)
-        else:
-            entry.deployment, entry.revision = deployment, revision
-            entry.starts = restart.StartHistory()  # somebody acted: failures of before do not count
+            self.world.deployments[key] = DeploymentEntry(deployment, revision, rival=rival)
+        elif not rollouts.is_older(deployment, entry.deployment):
+            rollouts.acted(entry, deployment, revision, rival)
         self.poke(key)
 
     def poke(self, key: DeploymentKey) -> None:
@@ -169,6 +173,7 @@ class ControlLoop:
 
     async def look(self, key: DeploymentKey) -> None:
         """One iteration for one deployment."""
+        await self._step_rollout(key)
         entry = self.world.deployments[key]
         orders = iterate(self.world, key, now_s=self._clock(), now_unix_ns=time.time_ns())
         for order in orders:
@@ -180,6 +185,25 @@ class ControlLoop:
             if gone and self.world.deployments.get(key) is entry and entry.deployment.generation == generation:
                 del self.world.deployments[key]
         self.publish(key)
+
+    async def _step_rollout(self, key: DeploymentKey) -> None:
+        """Takes a rollout's next step, stored before anything is done about it: control may die at any time."""
+        changed = rollouts.step(self.world, key, now_unix_ns=time.time_ns())
+        if changed is None:
+            return
+        try:
+            await self.state.put_deployment(changed, expected_generation=changed.generation - 1)
+        except ConflictError:
+            # Somebody changed the deployment meanwhile; what they want is looked at next.
+            stored = await self.state.get_deployment(*key)
+            if stored is not None:
+                await self.set_deployment(stored)
+            return
+        entry = self.world.deployments[key]
+        if not rollouts.is_older(changed, entry.deployment):
+            rollouts.stepped(entry, changed)
+            log.info("rollout of %s/%s: %s", *key, rollouts.summary(changed))
+        self.poke(key)
 
     def _drain_orphans(self, key: DeploymentKey) -> None:
         """Replicas that came back after their deployment was deleted: nobody can call them."""
@@ -255,14 +279,16 @@ class ControlLoop:
         deployment = self.world.deployments.get(entry.key)
         if report.state is not ReplicaState.FAILED or deployment is None:
             return
-        if entry.revision != deployment.revision.id or report.reason == LOST_REASON:
+        if report.reason == LOST_REASON:
             return
         ready_s = now_s - entry.ready_s if entry.ready_s is not None else None
         reason = report.error.message if report.error is not None else report.reason
         where = f" [{report.error.where}]" if report.error is not None and report.error.where else ""
-        deployment.starts = restart.after_failure(
-            deployment.starts, reason=reason + where, ready_s=ready_s, now_s=now_s
-        )
+        failed = partial(restart.after_failure, reason=reason + where, ready_s=ready_s, now_s=now_s)
+        if entry.revision == deployment.revision.id:
+            deployment.starts = failed(deployment.starts)
+        elif deployment.rival is not None and entry.revision == deployment.rival.id:
+            deployment.rival_starts = failed(deployment.rival_starts)
 
 
 def _lost(name: ReplicaId, entry: ReplicaEntry) -> ReplicaReport:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import msgspec
 
+from snowdrop.control import rollouts
 from snowdrop.control.world import DeploymentEntry, DeploymentKey, ReplicaEntry, World
-from snowdrop.domain.deployment import DeploymentHealth
+from snowdrop.domain.deployment import DeploymentHealth, Revision
 from snowdrop.domain.ids import NodeId, ReplicaId, fresh_id
 from snowdrop.domain.replica import STARTING_STATES, ReplicaKey, ReplicaState
 from snowdrop.policy import autoscale, placement, reconcile, restart
 from snowdrop.wire.control import DrainReplica, StartReplica
+
+CLOCKS_NS = 500_000_000
+"""The two clocks may drift so far before a time that was converted is told anew."""
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -26,20 +30,31 @@ def iterate(world: World, key: DeploymentKey, *, now_s: float, now_unix_ns: int)
     """What to order for a deployment now; updates the deciders' memory and the entries in `world`."""
     entry = world.deployments[key]
     replicas = list(world.replicas_of(key))
-    may_start = _judge_starts(entry, replicas, now_s)
+    starts_max = _judge_starts(entry, replicas, now_s, now_unix_ns)
     decision = _autoscale(world, key, entry, replicas, now_s)
     views = tuple(_view(world, name, replica) for name, replica in replicas)
+    desired = 0 if entry.deployment.deleting else decision.desired
+    desired, rival = rollouts.targets(world, key, desired, now_s=now_s, now_unix_ns=now_unix_ns)
     plan = reconcile.plan(
         views,
         current=entry.revision.id,
-        desired=0 if entry.deployment.deleting else decision.desired,
-        may_start=may_start,
+        desired=desired,
+        may_start=starts_max is None or starts_max > 0,
         reason=decision.reason,
+        rival=rival,
+        older_reason=rollouts.older_reason(entry),
     )
     for drain in plan.drains:
         world.replicas[drain.replica].draining = drain.reason
     orders = _drains(world, entry)
-    orders += _starts(world, key, plan.starts, now_s=now_s, now_unix_ns=now_unix_ns)
+    count = plan.starts if starts_max is None else min(plan.starts, starts_max)
+    entry.placement_reason = ""
+    orders += _starts(world, key, entry.revision, count, now_s=now_s, now_unix_ns=now_unix_ns)
+    entry.rival_no_room = False
+    if entry.rival is not None:
+        started = _starts(world, key, entry.rival, plan.rival_starts, now_s=now_s, now_unix_ns=now_unix_ns)
+        entry.rival_no_room = len(started) < plan.rival_starts
+        orders += started
     return orders
 
 
@@ -52,26 +67,37 @@ def next_look_s(entry: DeploymentEntry, now_s: float) -> float | None:
     verdict = restart.verdict(entry.starts, now_s)
     if isinstance(verdict, restart.BackOff):
         times.append(verdict.until_s)
+    if isinstance(verdict, restart.CrashLooping) and verdict.until_s > now_s:
+        times.append(verdict.until_s)
     return min(times) if times else None
 
 
-def _judge_starts(entry: DeploymentEntry, replicas: list[tuple[ReplicaId, ReplicaEntry]], now_s: float) -> bool:
-    """Whether a start is worth trying; sets the deployment's health for `ps` and callers."""
-    proven = any(r.ready_s is not None and now_s - r.ready_s >= restart.PROVEN_S for _, r in replicas)
-    if proven:
+def _judge_starts(
+    entry: DeploymentEntry, replicas: list[tuple[ReplicaId, ReplicaEntry]], now_s: float, now_unix_ns: int
+) -> int | None:
+    """How many starts of the current revision are worth trying, None for any number; sets the deployment's health
+    for `ps` and callers.
+    """
+    ours = [replica for _, replica in replicas if replica.revision == entry.revision.id]
+    if any(r.ready_s is not None and now_s - r.ready_s >= restart.PROVEN_S for r in ours):
         entry.starts = restart.after_proof(entry.starts)
     verdict = restart.verdict(entry.starts, now_s)
     if isinstance(verdict, restart.CrashLooping):
         entry.health = DeploymentHealth.CRASH_LOOPING
-        entry.health_reason = f"{verdict.failures} starts failed in a row, the last with: {verdict.reason}"
-        return False
+        until_unix_ns = now_unix_ns + int((verdict.until_s - now_s) * 1e9)
+        if abs(until_unix_ns - entry.parked_until_unix_ns) > CLOCKS_NS:  # gateways need not hear of each tick
+            entry.parked_until_unix_ns = until_unix_ns
+        pause = f"; the next try is in {verdict.until_s - now_s:.0f} s" if verdict.until_s > now_s else ""
+        entry.health_reason = f"{verdict.failures} starts failed in a row, the last with: {verdict.reason}{pause}"
+        starting = sum(1 for r in ours if r.state in STARTING_STATES and not r.draining)
+        return restart.starts_max(verdict, starting=starting, now_s=now_s)
     if isinstance(verdict, restart.BackOff):
         entry.health = DeploymentHealth.BACKING_OFF
         entry.health_reason = f"next start in {verdict.until_s - now_s:.1f} s, after: {entry.starts.reason}"
-        return False
+        return 0
     entry.health = DeploymentHealth.OK
     entry.health_reason = ""
-    return True
+    return None
 
 
 def _autoscale(
@@ -122,22 +148,23 @@ def _drains(world: World, entry: DeploymentEntry) -> list[Order]:
     return orders
 
 
-def _starts(world: World, key: DeploymentKey, count: int, *, now_s: float, now_unix_ns: int) -> list[Order]:
+def _starts(
+    world: World, key: DeploymentKey, revision: Revision, count: int, *, now_s: float, now_unix_ns: int
+) -> list[Order]:
     entry = world.deployments[key]
     orders: list[Order] = []
-    spec = entry.revision.spec
-    entry.placement_reason = ""
+    spec = revision.spec
     for _ in range(count):
         where = placement.place(world.node_views(), spec.resources, spec.accelerator)
         entry.placement_reason = where.reason
         if isinstance(where, placement.NotPlaced):
             break
         replica = ReplicaId(fresh_id("rep"))
-        name = ReplicaKey(tenant=key[0], deployment=key[1], revision=entry.revision.id, replica=replica)
-        order = StartReplica(key=name, revision=entry.revision, ordered_unix_ns=now_unix_ns)
+        name = ReplicaKey(tenant=key[0], deployment=key[1], revision=revision.id, replica=replica)
+        order = StartReplica(key=name, revision=revision, ordered_unix_ns=now_unix_ns)
         world.replicas[replica] = ReplicaEntry(
             key=key,
-            revision=entry.revision.id,
+            revision=revision.id,
             node=where.node,
             age=world.next_age(),
             concurrency=spec.concurrency,

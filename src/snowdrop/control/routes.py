@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from snowdrop.control import rollouts
 from snowdrop.control.world import DeploymentEntry, DeploymentKey, ReplicaEntry, World
 from snowdrop.domain.deployment import DeploymentHealth
 from snowdrop.domain.errors import ErrorBody, RevisionFailedError, UnavailableError
 from snowdrop.domain.ids import ReplicaId, receipt_id_of
 from snowdrop.domain.replica import STARTING_STATES, ReplicaState
-from snowdrop.wire.control import DeploymentRoute, ReplicaRoute
+from snowdrop.wire.control import DeploymentRoute, Parked, ReplicaRoute
 
 KNOWN_STATES = frozenset({ReplicaState.READY, ReplicaState.DRAINING})
 
@@ -30,6 +31,8 @@ def deployment_route(world: World, key: DeploymentKey) -> DeploymentRoute | None
         replicas_max=entry.scale.max,
         start_s=entry.start_s,
         refusal=_refusal(entry, serving=serving),
+        weights=rollouts.weights(world, key),
+        parked=_parked(entry, serving=serving),
     )
 
 
@@ -57,11 +60,32 @@ def _refusal(entry: DeploymentEntry, *, serving: bool) -> ErrorBody | None:
     name = entry.deployment.name
     if entry.deployment.deleting:
         return UnavailableError(f"deployment {name!r} is being deleted", where=name).body()
-    # A replica that serves, of an older revision for example, goes on doing so.
-    if entry.health is DeploymentHealth.CRASH_LOOPING and not serving:
-        return RevisionFailedError(
-            f"revision {entry.revision.id} of {name!r} does not start: {entry.health_reason}",
-            where=f"revision {entry.revision.id}",
-            next_step=f"`snowdrop logs {name}` shows why; deploy a fix, or retry: `snowdrop scale {name}`",
-        ).body()
+    if entry.revision.spec.park_s_max == 0 and _is_looping(entry, serving=serving):
+        return _failed(entry)
     return None
+
+
+def _parked(entry: DeploymentEntry, *, serving: bool) -> Parked | None:
+    """Why and how long requests wait while nothing is started."""
+    if entry.deployment.deleting or not _is_looping(entry, serving=serving):
+        return None
+    return Parked(
+        error=_failed(entry),
+        wait_s_max=entry.revision.spec.park_s_max,
+        next_try_unix_ns=entry.parked_until_unix_ns,
+    )
+
+
+def _is_looping(entry: DeploymentEntry, *, serving: bool) -> bool:
+    """A replica that serves, of an older revision for example, goes on doing so; and a newer revision may help."""
+    return entry.health is DeploymentHealth.CRASH_LOOPING and not serving and not rollouts.may_help(entry)
+
+
+def _failed(entry: DeploymentEntry) -> ErrorBody:
+    name = entry.deployment.name
+    return RevisionFailedError(
+        f"revision {entry.revision.id} of {name!r} does not start: {entry.starts.failures} starts failed in a row,"
+        f" the last with: {entry.starts.reason}",
+        where=f"revision {entry.revision.id}",
+        next_step=f"`snowdrop logs {name}` shows why; deploy a fix, or retry: `snowdrop scale {name}`",
+    ).body()

@@ -17,6 +17,7 @@ from snowdrop.domain.service import ResourceSpec, Scale
 from snowdrop.policy.autoscale import AutoscaleDecision, AutoscaleState
 from snowdrop.policy.placement import NodeView
 from snowdrop.policy.restart import StartHistory
+from snowdrop.policy.rollout import Sample
 from snowdrop.wire.control import DeploymentLoad, StartReplica
 
 DeploymentKey = tuple[TenantId, DeploymentName]
@@ -48,6 +49,13 @@ class ReplicaEntry(msgspec.Struct):
         return self.report.state if self.report is not None else ReplicaState.PENDING
 
 
+class RolloutWatch(msgspec.Struct):
+    """What gateways had counted of the new revision when a rollout's step began: `before` by gateway."""
+
+    step: tuple[str, int] | None = None
+    before: dict[str, Sample] = msgspec.field(default_factory=dict)
+
+
 class DeploymentEntry(msgspec.Struct):
     """A deployment with its current revision and the deciders' memory."""
 
@@ -60,6 +68,11 @@ class DeploymentEntry(msgspec.Struct):
     health_reason: str = ""
     placement_reason: str = ""
     start_s: float = 0.0
+    rival: Revision | None = None
+    rival_starts: StartHistory = StartHistory()
+    rival_no_room: bool = False
+    watch: RolloutWatch = msgspec.field(default_factory=RolloutWatch)
+    parked_until_unix_ns: int = 0
 
     @property
     def scale(self) -> Scale:
@@ -95,9 +108,13 @@ class World:
         """Living replicas of a deployment."""
         return ((name, entry) for name, entry in self.replicas.items() if entry.key == key)
 
+    def loads(self, key: DeploymentKey) -> list[DeploymentLoad]:
+        """What each gateway holds for a deployment."""
+        return [loads[key] for loads in self.gateways.values() if key in loads]
+
     def load(self, key: DeploymentKey) -> tuple[int, int, int]:
         """In flight, queued and peak over all gateways."""
-        loads = [loads[key] for loads in self.gateways.values() if key in loads]
+        loads = self.loads(key)
         in_flight, queued = sum(load.in_flight for load in loads), sum(load.queued for load in loads)
         return in_flight, queued, sum(load.peak for load in loads)
 

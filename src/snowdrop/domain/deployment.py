@@ -6,6 +6,7 @@ import msgspec
 
 from snowdrop.domain.ids import DeploymentName, Digest, ModelName, RevisionId, TenantId
 from snowdrop.domain.manifest import ArtefactRef
+from snowdrop.domain.rollout import Rollout
 from snowdrop.domain.scale import Scale, ScaleBounds
 from snowdrop.domain.service import ServiceSpec
 
@@ -42,7 +43,8 @@ class DeploymentHealth(StrEnum):
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """A named, tenant-owned serving target. `generation` grows with each write and fences stale ones.
 
-    `scale` overrides the revision's own when set with `snowdrop scale`; `revision_bounds` bounds single revisions
+    `revision` is what all traffic goes to but for a rollout under way; `rollouts` are the latest that ended, the
+    newest first. `scale` overrides the revision's own when set with `snowdrop scale`; `revision_bounds` bounds single revisions
     within it.
     """
 
@@ -54,6 +56,15 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     scale: Scale | None = None
     revision_bounds: dict[RevisionId, ScaleBounds] = msgspec.field(default_factory=dict)
     deleting: bool = False
+    rollout: Rollout | None = None
+    rollouts: tuple[Rollout, ...] = ()
+
+    @property
+    def rival(self) -> RevisionId | None:
+        """The other revision of a rollout under way: the old one after all traffic was shifted, else the new one."""
+        if self.rollout is None:
+            return None
+        return self.rollout.stable if self.revision == self.rollout.candidate else self.rollout.candidate
 
 
 class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ import msgspec
 
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.ids import RevisionId
+from snowdrop.domain.require import require
 
 STEPS_MAX = 20
 _STEP = re.compile(
@@ -14,11 +15,6 @@ _STEP = re.compile(
 )
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3_600.0}
 STEP_S_DEFAULT = 60.0
-
-
-def _require(ok: bool, where: str, rule: str) -> None:
-    if not ok:
-        raise InvalidInputError(f"{where} is out of range", where=where, next_step=f"allowed: {rule}")
 
 
 class RolloutStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,10 +30,10 @@ class RolloutStep(msgspec.Struct, frozen=True, kw_only=True):
     hold: bool = False
 
     def __post_init__(self) -> None:
-        _require(0 <= self.weight < 1, "rollout.steps.weight", f"0 <= weight < 1, got {self.weight:g}")
-        _require(self.weight > 0 or self.hold, "rollout.steps.weight", "0 only together with hold")
-        _require(0 <= self.s <= 604_800, "rollout.steps.s", f"0 to 604,800 s, got {self.s:g}")
-        _require(0 <= self.requests_min <= 10**9, "rollout.steps.requests_min", "0 to 1,000,000,000")
+        require(0 <= self.weight < 1, "rollout.steps.weight", f"0 <= weight < 1, got {self.weight:g}")
+        require(self.weight > 0 or self.hold, "rollout.steps.weight", "0 only together with hold")
+        require(0 <= self.s <= 604_800, "rollout.steps.s", f"0 to 604,800 s, got {self.s:g}")
+        require(0 <= self.requests_min <= 10**9, "rollout.steps.requests_min", "0 to 1,000,000,000")
 
 
 class RolloutSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,19 +56,19 @@ class RolloutSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         weights = [step.weight for step in self.steps]
-        _require(len(weights) <= STEPS_MAX, "rollout.steps", f"at most {STEPS_MAX}")
-        _require(weights == sorted(weights), "rollout.steps", "weights that do not fall")
-        _require(1 <= self.samples_min <= 10**6, "rollout.samples_min", "1 to 1,000,000")
-        _require(0 <= self.error_rate_more_max <= 1, "rollout.error_rate_more_max", "0 to 1")
-        _require(
+        require(len(weights) <= STEPS_MAX, "rollout.steps", f"at most {STEPS_MAX}")
+        require(weights == sorted(weights), "rollout.steps", "weights that do not fall")
+        require(1 <= self.samples_min <= 10**6, "rollout.samples_min", "1 to 1,000,000")
+        require(0 <= self.error_rate_more_max <= 1, "rollout.error_rate_more_max", "0 to 1")
+        require(
             self.latency_ratio_max == 0 or 1 <= self.latency_ratio_max <= 1_000,
             "rollout.latency_ratio_max",
             "1 to 1,000, or 0 for not watched",
         )
-        _require(1 <= self.failures_max <= 100, "rollout.failures_max", "1 to 100")
-        _require(0 < self.start_s_max <= 604_800, "rollout.start_s_max", "more than 0, at most 604,800 s")
-        _require(0 <= self.prove_s <= 604_800, "rollout.prove_s", "0 to 604,800 s")
-        _require(0 <= self.keep_warm <= 1_000, "rollout.keep_warm", "0 to 1,000")
+        require(1 <= self.failures_max <= 100, "rollout.failures_max", "1 to 100")
+        require(0 < self.start_s_max <= 604_800, "rollout.start_s_max", "more than 0, at most 604,800 s")
+        require(0 <= self.prove_s <= 604_800, "rollout.prove_s", "0 to 604,800 s")
+        require(0 <= self.keep_warm <= 1_000, "rollout.keep_warm", "0 to 1,000")
 
 
 class RolloutPhase(StrEnum):

@@ -11,6 +11,7 @@ import msgspec
 
 from snowdrop.domain.batching import Batch as Batch  # noqa: PLC0414 -- part of what a service says
 from snowdrop.domain.require import require
+from snowdrop.domain.rollout import RolloutSpec
 from snowdrop.domain.scale import Scale as Scale  # noqa: PLC0414 -- part of what a service says
 from snowdrop.domain.scale import Schedule as Schedule  # noqa: PLC0414
 from snowdrop.domain.servers import OPENAI_PATHS, AsgiSpec, CommandSpec, check_models, check_openai_paths
@@ -104,6 +105,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     A service is a class with `endpoints`, or a `command`, or an `asgi` app, whose entry is `module:variable`.
     `openai` names the paths of OpenAI's dialect that a command or an app serves.
+    `park_s_max` is how long a request may wait while the revision is crash-looping; with 0 it is refused at once.
     """
 
     class_name: str
@@ -118,6 +120,8 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     startup_s_max: float = 600.0
     import_s_max: float = 120.0
     drain_s_max: float = 3_600.0
+    rollout: RolloutSpec = RolloutSpec()
+    park_s_max: float = 60.0
     env: dict[str, str] = msgspec.field(default_factory=dict)
     startup_name: str | None = None
     shutdown_name: str | None = None
@@ -136,6 +140,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
         require(0 < self.startup_s_max <= 86_400, "startup_s_max", "more than 0, at most 86,400 s")
         require(0 < self.import_s_max <= 3_600, "import_s_max", "more than 0, at most 3,600 s")
         require(0 < self.drain_s_max <= 86_400, "drain_s_max", "more than 0, at most 86,400 s")
+        require(0 <= self.park_s_max <= 86_400, "park_s_max", "0 to 86,400 s")
         require(len(self.accelerator) > 0, "accelerator", 'at least one, for example ["cpu"]')
 
     def _check_kind(self) -> None:

@@ -6,6 +6,8 @@ and all that they hold. Control therefore can be restarted at any time: it learn
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from snowdrop.domain.deployment import NodeRecord, Revision
@@ -72,12 +74,25 @@ class UsageStored(Message, frozen=True, kw_only=True):
 # --- gateway -> control -----------------------------------------------------------------------------------
 
 
+class RevisionLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """Answers of one revision's replicas since the gateway started: all, failed ones, and when they began.
+
+    `latency` is a histogram of seconds from slot to first byte, in the buckets of `policy.rollout`.
+    """
+
+    revision: RevisionId
+    done: int = 0
+    failed: int = 0
+    latency: tuple[int, ...] = ()
+
+
 class DeploymentLoad(msgspec.Struct, frozen=True, kw_only=True):
     """What one gateway holds for one deployment at this instant, and how many requests came since start.
 
     `peak` is the highest in-flight + queued since the last report, so that a burst between two is not lost;
     `busy` has the requests in flight by replica, without those that have none. `done` requests gave their slot
     back since start, after `slot_s` seconds in all; those in flight now have had theirs for `running_s` in all.
+    `pinned` requests wait for a revision that they name.
     """
 
     tenant: TenantId
@@ -91,6 +106,8 @@ class DeploymentLoad(msgspec.Struct, frozen=True, kw_only=True):
     done: int = 0
     slot_s: float = 0.0
     running_s: float = 0.0
+    revisions: tuple[RevisionLoad, ...] = ()
+    pinned: dict[RevisionId, int] = msgspec.field(default_factory=dict)
 
 
 class GatewayHello(Message, frozen=True, kw_only=True):
@@ -155,12 +172,28 @@ class StartingReplica(msgspec.Struct, frozen=True, kw_only=True):
     ordered_unix_ns: int
 
 
+class RevisionWeight(msgspec.Struct, frozen=True, kw_only=True):
+    """Which part of a deployment's traffic a revision gets. With 0 it gets only requests that name it."""
+
+    revision: RevisionId
+    role: Literal["stable", "candidate"]
+    weight: float
+
+
+class Parked(msgspec.Struct, frozen=True, kw_only=True):
+    """No replica serves and none is started before `next_try_unix_ns`: requests wait `wait_s_max`, then get `error`."""
+
+    error: ErrorBody
+    wait_s_max: float
+    next_try_unix_ns: int
+
+
 class DeploymentRoute(msgspec.Struct, frozen=True, kw_only=True):
     """All a gateway needs to know of a deployment. With `refusal`, waiting and new requests get that error.
 
     `start_s` is how long a start takes by what was seen (the median of the latest), `start_high_s` what nine of
     ten stay below, `service_s` how long a request holds its slot; 0 if not known. `coming` are the replicas that
-    `starting` counts, the oldest first.
+    `starting` counts, the oldest first. Without `weights` all replicas are alike.
     """
 
     tenant: TenantId
@@ -176,6 +209,8 @@ class DeploymentRoute(msgspec.Struct, frozen=True, kw_only=True):
     service_s: float = 0.0
     coming: tuple[StartingReplica, ...] = ()
     refusal: ErrorBody | None = None
+    weights: tuple[RevisionWeight, ...] = ()
+    parked: Parked | None = None
 
 
 class KeyGrant(msgspec.Struct, frozen=True, kw_only=True):
