@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from snowdrop.sdk.api import Model as Model
     from snowdrop.sdk.api import QueueSpec as QueueSpec
     from snowdrop.sdk.api import ResourceSpec as ResourceSpec
+    from snowdrop.sdk.api import Rollout as Rollout
+    from snowdrop.sdk.api import RolloutStep as RolloutStep
     from snowdrop.sdk.api import Scale as Scale
     from snowdrop.sdk.api import Schedule as Schedule
     from snowdrop.sdk.api import asgi as asgi
@@ -31,6 +33,8 @@ _SDK_NAMES = frozenset(
         "Model",
         "QueueSpec",
         "ResourceSpec",
+        "Rollout",
+        "RolloutStep",
         "Scale",
         "Schedule",
         "asgi",

@@ -100,7 +100,7 @@ def test_there_are_never_fewer_replicas_than_desired(active: Rollout, history: l
         parts = shares(active, seen)
         assert parts.stable + parts.candidate >= seen.desired
         assert parts.candidate <= max(1, seen.desired)
-        if seen.desired == 0 and not active.phase == RolloutPhase.PROVING:
+        if seen.desired == 0 and active.phase != RolloutPhase.PROVING:
             assert parts.stable == parts.candidate == 0
 
 

@@ -1,5 +1,7 @@
 """Rollouts in control's loop: what is stored, started, drained and published, and that a restart goes on."""
 
+import time
+
 import msgspec
 import pytest
 
@@ -59,7 +61,7 @@ class Bench:
         for name in self.started(OLD):
             self.hear(name, ReplicaState.READY, OLD)
         wanted = RolloutSpec(**spec)  # type: ignore[arg-type]
-        await self.put(rollout=Rollout(candidate=NEW, stable=OLD, spec=wanted, began_unix_ns=1))
+        await self.put(rollout=Rollout(candidate=NEW, stable=OLD, spec=wanted, began_unix_ns=time.time_ns()))
 
     async def put(self, **changes: object) -> None:
         stored = await self.stored()
@@ -240,5 +242,3 @@ async def test_a_step_that_came_second_does_not_undo_what_somebody_did() -> None
     await bench.ready(1)
     assert (await bench.stored()) == paused
     assert bench.world.deployments[KEY].deployment.deleting
-
-

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from snowdrop import __version__
-from snowdrop.cli import deployments, dev, keys, models, mounts, platform, receipts, store
+from snowdrop.cli import deployments, dev, keys, models, mounts, platform, receipts, rollouts, store
 from snowdrop.cli.output import Globals
 
 app = typer.Typer(
@@ -55,6 +55,9 @@ app.command()(deployments.scale)
 app.command()(deployments.delete)
 app.command()(deployments.logs)
 app.command()(deployments.call)
+app.add_typer(rollouts.app, name="rollout")
+app.command()(rollouts.rollback)
+app.command()(rollouts.revisions)
 app.add_typer(receipts.app, name="receipts")
 app.command()(receipts.usage)
 app.add_typer(keys.app, name="key")

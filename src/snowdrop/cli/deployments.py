@@ -36,6 +36,7 @@ from snowdrop.content.origin import open_origin
 from snowdrop.domain.errors import InvalidInputError, NotFoundError, PlatformDownError
 from snowdrop.domain.ids import TenantId, parse_name
 from snowdrop.domain.replica import ReplicaReport
+from snowdrop.domain.rollout import RolloutStep, parse_steps
 from snowdrop.domain.service import Scale, ServiceSpec
 from snowdrop.sdk.environment import check_requirements
 from snowdrop.sdk.inspect import describe_service
@@ -46,9 +47,14 @@ CALL_S_MAX = 3_600.0
 HEALTH_STYLE = {"ok": "green", "backing-off": "yellow", "crash-looping": "red", "deleting": "dim"}
 
 
-def deploy(
+def deploy(  # noqa: PLR0917 -- the options of `snowdrop deploy`
     target: Annotated[str, typer.Argument(help="service.py, or service.py:Class if there are several.")],
     name: Annotated[str | None, typer.Option(help="Name of the deployment; the class's by default.")] = None,
+    canary: Annotated[
+        str | None, typer.Option(help="Steps of traffic, as 5%:10m,25%:10m:500,50%:hold (PERCENT:TIME:ANSWERS).")
+    ] = None,
+    preview: Annotated[bool, typer.Option(help="Only requests that name the new revision reach it.")] = False,
+    env: Annotated[list[str] | None, typer.Option(help="K=V: an environment variable, not secret.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Pack a service's code, make a revision of it, and serve it under its name."""
@@ -57,6 +63,7 @@ def deploy(
         file, _, class_name = target.partition(":")
         info = ctx.client.get(Info, "info")
         spec = describe_service(Path(file), class_name or None)
+        spec = _with_options(spec, canary, env or [], preview=preview)
         _check_environment(spec)
         chosen = parse_name(_dashed(spec.class_name) if name is None else name, what="deployment name")
         folder = Path(file).resolve().parent
@@ -78,6 +85,24 @@ def deploy(
         for endpoint in spec.endpoints:
             console.print(f"  {deployed.url}{endpoint.path}")
         console.print(f"  next: snowdrop call {chosen}{_example(spec)}", style="dim")
+
+
+def _with_options(spec: ServiceSpec, canary: str | None, env: list[str], *, preview: bool) -> ServiceSpec:
+    """What the command line says beside the code."""
+    if canary is not None and preview:
+        raise InvalidInputError("--canary and --preview cannot both be", where="--preview")
+    rollout = spec.rollout
+    if canary is not None:
+        rollout = msgspec.structs.replace(rollout, steps=parse_steps(canary))
+    if preview:
+        rollout = msgspec.structs.replace(rollout, steps=(RolloutStep(weight=0.0, s=0.0, hold=True),))
+    variables = dict(spec.env)
+    for word in env:
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise InvalidInputError(f"{word!r} is not K=V", where="--env", next_step="write it as --env MODE=fast")
+        variables[key] = value
+    return msgspec.structs.replace(spec, rollout=rollout, env=variables)
 
 
 def ps(json: JsonFlag = False) -> None:
@@ -295,6 +320,7 @@ def _print_description(found: Description) -> None:
         "sandbox": found.sandbox,
         "now": f"{view.ready} ready, {view.starting} starting, {view.draining} draining;"
         f" {view.in_flight} in flight, {view.queued} queued",
+        "rollout": view.rollout,
         "why": view.why,
         "placement": found.placement,
     }

@@ -13,6 +13,7 @@ from snowdrop.control.deploying import Deploying, unknown_deployment, unknown_mo
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.origin_roots import OriginRoots
 from snowdrop.control.peers import Peers
+from snowdrop.control.rollout_api import RolloutApi
 from snowdrop.control.store_api import StoreApi, pass_to_agent
 from snowdrop.control.views import deployment_view, describe
 from snowdrop.domain.errors import InvalidInputError, NotFoundError, SnowdropError
@@ -96,6 +97,7 @@ class Api:
                 web.patch("/v1/deployments/{name}/scale", self._scale),
                 web.delete("/v1/deployments/{name}", self._delete),
                 web.get("/v1/deployments/{name}/logs", self._logs),
+                *RolloutApi(self._loop, self._deploying).routes(),
                 web.get("/v1/receipts", self._list_receipts),
                 web.get("/v1/receipts/{id}", self._get_receipt),
                 web.get("/v1/usage", self._usage),

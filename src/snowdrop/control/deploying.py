@@ -7,12 +7,16 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from snowdrop.control import rollouts
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.origin_roots import OriginRoots
 from snowdrop.domain.deployment import BoundModel, Deployment, ModelRecord, Revision
 from snowdrop.domain.errors import ConflictError, NotFoundError
 from snowdrop.domain.ids import DeploymentName, ModelName, RevisionId, TenantId, fresh_id, parse_name
+from snowdrop.domain.replica import ReplicaState
+from snowdrop.domain.rollout import Rollout, RolloutPhase, RolloutSpec
 from snowdrop.domain.service import Scale
+from snowdrop.policy import rollout
 from snowdrop.wire.api import Deploy, PutModel, SetScale
 
 ATTEMPTS_MAX = 5
@@ -35,7 +39,8 @@ class Deploying:
     async def delete_model(self, tenant: TenantId, name: str) -> None:
         """Raises ConflictError while a deployment's current revision uses it."""
         for key, entry in self._loop.world.deployments.items():
-            if key[0] == tenant and any(bound.name == name for bound in entry.revision.models):
+            models = (*entry.revision.models, *(entry.rival.models if entry.rival is not None else ()))
+            if key[0] == tenant and any(bound.name == name for bound in models):
                 raise ConflictError(
                     f"model {name!r} is used by deployment {key[1]!r}",
                     where=f"deployment {key[1]}",
@@ -58,13 +63,17 @@ class Deploying:
         for _ in range(ATTEMPTS_MAX):
             stored = await self._state.get_deployment(tenant, deployment_name)
             generation = stored.generation if stored else 0
-            deployment = Deployment(
-                tenant=tenant,
-                name=deployment_name,
-                revision=revision.id,
-                generation=generation + 1,
-                created_unix_ns=stored.created_unix_ns if stored else revision.created_unix_ns,
-            )
+            if stored is None or stored.deleting:
+                deployment = Deployment(
+                    tenant=tenant,
+                    name=deployment_name,
+                    revision=revision.id,
+                    generation=generation + 1,
+                    created_unix_ns=stored.created_unix_ns if stored else revision.created_unix_ns,
+                )
+            else:
+                deployment = self.rolling(stored, revision.id, revision.spec.rollout, revision.created_unix_ns)
+                deployment = msgspec.structs.replace(deployment, generation=generation + 1, scale=None)
             try:
                 await self._state.put_deployment(deployment, expected_generation=generation)
             except ConflictError:
@@ -72,6 +81,30 @@ class Deploying:
             await self._loop.set_deployment(deployment)
             return revision, stored is None
         raise ConflictError(f"deployment {name!r} is being changed by others", next_step="try again")
+
+    def rolling(
+        self, stored: Deployment, candidate: RevisionId, spec: RolloutSpec, now_unix_ns: int
+    ) -> Deployment:
+        """The deployment with the rollout of a revision begun. One that is under way is superseded; its revision
+        is what is gone back to only if it serves already.
+        """
+        before, stable, ended = stored.rollout, stored.revision, stored.rollouts
+        if before is not None:
+            if before.phase is RolloutPhase.PROVING and not self._is_ready(stored, before.candidate):
+                stable = before.stable
+            reason = f"revision {candidate} came after it"
+            gone = rollout.ended(before, RolloutPhase.SUPERSEDED, reason, now_unix_ns)
+            ended = (gone, *ended)[: rollouts.ENDED_KEPT_MAX]
+        if stable == candidate:  # back to what still has, or had, all traffic
+            return msgspec.structs.replace(stored, revision=stable, rollout=None, rollouts=ended)
+        begun = Rollout(candidate=candidate, stable=stable, spec=spec, began_unix_ns=now_unix_ns)
+        return msgspec.structs.replace(stored, revision=stable, rollout=begun, rollouts=ended)
+
+    def _is_ready(self, stored: Deployment, revision: RevisionId) -> bool:
+        replicas = self._loop.world.replicas_of((stored.tenant, stored.name))
+        return any(
+            r.revision == revision and r.state is ReplicaState.READY and not r.draining for _, r in replicas
+        )
 
     async def _make_revision(self, tenant: TenantId, deployment_name: DeploymentName, body: Deploy) -> Revision:
         models: list[BoundModel] = []
@@ -112,7 +145,7 @@ class Deploying:
             wanted = msgspec.structs.replace(before, **changes)
             return msgspec.structs.replace(stored, scale=wanted)
 
-        await self._change(tenant, name, scaled)
+        await self.change(tenant, name, scaled)
         return wanted
 
     async def delete(self, tenant: TenantId, name: str) -> None:
@@ -121,9 +154,9 @@ class Deploying:
         async def deleted(stored: Deployment) -> Deployment:
             return msgspec.structs.replace(stored, deleting=True)
 
-        await self._change(tenant, name, deleted)
+        await self.change(tenant, name, deleted)
 
-    async def _change(
+    async def change(
         self, tenant: TenantId, name: str, change: Callable[[Deployment], Awaitable[Deployment]]
     ) -> None:
         """Reads, changes and writes under the fence; somebody else's write in between means to read again."""

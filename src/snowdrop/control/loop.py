@@ -10,8 +10,8 @@ from functools import partial
 import anyio
 import msgspec
 
-from snowdrop.control.receipts import receipt_of
 from snowdrop.control import rollouts
+from snowdrop.control.receipts import receipt_of
 from snowdrop.control.reconcile import iterate, next_look_s
 from snowdrop.control.recorder import Recorder
 from snowdrop.control.routes import deployment_route

@@ -1,4 +1,4 @@
-"""A rollout in control's memory: what is seen of it, its next step, and what that means for replicas and traffic."""
+"""A rollout in control's memory: what is seen of it, its next step, what that means for replicas and traffic."""
 
 from __future__ import annotations
 

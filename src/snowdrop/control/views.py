@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from snowdrop.control import rollouts
 from snowdrop.control.world import DeploymentEntry, DeploymentKey, World
 from snowdrop.domain.replica import STARTING_STATES, ReplicaReport, ReplicaState
 from snowdrop.wire.api import DeploymentView, Description
@@ -29,6 +30,7 @@ def deployment_view(world: World, key: DeploymentKey, gateway_url: str) -> Deplo
         scale=entry.scale,
         concurrency=entry.revision.spec.concurrency,
         created_unix_ns=entry.deployment.created_unix_ns,
+        rollout=rollouts.summary(entry.deployment) if entry.deployment.rollout is not None else "",
     )
 
 

@@ -1,8 +1,8 @@
 """Whether starting another replica of a revision is worth trying after the last ones failed.
 
-After FAILURES_MAX failures in a row the revision is crash-looping: it starts nothing, so it costs nothing, but for one
-try after each of a row of growing pauses. That one tells whether what was wrong (a host that was away, a full
-disk) is over, without anybody having to act.
+After FAILURES_MAX failures in a row the revision is crash-looping: it starts nothing, so it costs nothing, but for
+one try after each of a row of growing pauses. That one tells whether what was wrong (a host that was away, a
+full disk) is over, without anybody having to act.
 """
 
 from __future__ import annotations

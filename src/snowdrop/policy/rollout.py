@@ -15,7 +15,7 @@ from snowdrop.domain.rollout import Rollout, RolloutPhase, RolloutSpec
 
 LATENCY_S_MIN = 0.001
 LATENCY_BUCKETS = 40
-"""Bucket i of a latency histogram has answers up to LATENCY_S_MIN * 2**(i/2) seconds; the last has all later ones."""
+"""Bucket i of a latency histogram has answers up to LATENCY_S_MIN * 2**(i/2) seconds; the last has all later."""
 CONFIDENCE_Z = 2.33
 """One-sided 99 %."""
 OLD_QUANTILE = 0.95
@@ -87,7 +87,7 @@ def promoted(rollout: Rollout, now_unix_ns: int) -> Rollout:
 
 
 def shares(rollout: Rollout, seen: RolloutInput, *, pinned: int = 0) -> Shares:
-    """Replicas by revision, of `desired` in all. The new one's first replica comes on top, so that the old revision
+    """Replicas by revision, of `desired` in all. The new one's first comes on top, so that the old revision
     loses no capacity to one that may not even start; `pinned` requests ask for the new one by name.
     """
     desired = seen.desired
@@ -216,10 +216,9 @@ def _shift(rollout: Rollout, seen: RolloutInput) -> Rollout:
     following = rollout.step + 1
     weight = steps[following].weight if following < len(steps) else rollout.weight
     reason = f"{seen.new.done} answers at {rollout.weight:.3g} of the traffic gave no cause to go back"
-    taken = msgspec.structs.replace(
+    return msgspec.structs.replace(
         rollout, step=following, weight=weight, step_unix_ns=seen.now_unix_ns, reason=reason
     )
-    return taken
 
 
 def _shifted(rollout: Rollout, seen: RolloutInput, reason: str) -> Rollout:

@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 from snowdrop.domain.batching import Batch
 from snowdrop.domain.cancel import cancelled
 from snowdrop.domain.errors import InvalidInputError
+from snowdrop.domain.rollout import RolloutSpec as Rollout
+from snowdrop.domain.rollout import RolloutStep
 from snowdrop.domain.service import (
     SERVICE_ATTRIBUTE,
     STAGE_ATTRIBUTE,
@@ -40,6 +42,8 @@ __all__ = [
     "Model",
     "QueueSpec",
     "ResourceSpec",
+    "Rollout",
+    "RolloutStep",
     "Scale",
     "Schedule",
     "asgi",
@@ -69,13 +73,17 @@ def service(
     import_s_max: float | None = None,
     drain_s_max: float | None = None,
     env: Mapping[str, str] | None = None,
+    rollout: Rollout | None = None,
+    park_s_max: float | None = None,
 ) -> Callable[[C], C]:
     """Makes a class a service.
 
     `model` is one model, or several that each name their startup parameter (`Model("a", param="encoder")`);
     `models` gives them by startup parameter instead (`{"encoder": Model("a")}`). `concurrency` is the hard limit
     of requests in one replica at a time; `accelerator` a list in order of preference. `startup_s_max`,
-    `import_s_max` and `drain_s_max` bound these stages, in seconds. Raises InvalidInputError naming what is wrong.
+    `import_s_max` and `drain_s_max` bound these stages, in seconds. `rollout` says how new revisions
+    take over, `park_s_max` how long requests wait while the revision does not start at all. Raises
+    InvalidInputError naming what is wrong.
     """
     options: dict[str, Any] = {
         "image": image,
@@ -88,6 +96,8 @@ def service(
         "import_s_max": import_s_max,
         "drain_s_max": drain_s_max,
         "env": None if env is None else dict(env),
+        "rollout": rollout,
+        "park_s_max": park_s_max,
     }
     given = _given_models(model, models)
     _check_types(options, given)
@@ -190,6 +200,8 @@ _WANTED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "import_s_max": ((int, float), "seconds"),
     "drain_s_max": ((int, float), "seconds"),
     "env": (dict, "a dict of str to str"),
+    "rollout": (Rollout, "a rollout, as in `sd.Rollout(steps=(sd.RolloutStep(weight=0.1),))`"),
+    "park_s_max": ((int, float), "seconds"),
 }
 
 

@@ -10,6 +10,7 @@ from snowdrop.domain.ids import DeploymentName, Digest, ModelName, RevisionId
 from snowdrop.domain.manifest import ArtefactRef
 from snowdrop.domain.origin import OriginOptions
 from snowdrop.domain.replica import ReplicaReport
+from snowdrop.domain.rollout import Rollout
 from snowdrop.domain.service import Scale, ServiceSpec
 
 TENANT_HEADER = "x-snowdrop-tenant"
@@ -90,6 +91,46 @@ class SetScale(msgspec.Struct, frozen=True, kw_only=True):
     idle_s: float | None = None
 
 
+class Rollback(msgspec.Struct, frozen=True, kw_only=True):
+    """Back to a revision; empty for the one before."""
+
+    revision: str = ""
+
+
+class Rival(msgspec.Struct, frozen=True, kw_only=True):
+    """A revision in a rollout and what is seen of it; of the new one since the step began. `p95_s` 0: unknown."""
+
+    revision: RevisionId
+    role: str
+    weight: float
+    done: int
+    failed: int
+    p95_s: float
+
+
+class RolloutView(msgspec.Struct, frozen=True, kw_only=True):
+    """The rollout of a deployment that is under way, and the last ones that ended, the newest first."""
+
+    deployment: DeploymentName
+    revision: RevisionId
+    summary: str
+    active: Rollout | None
+    ended: tuple[Rollout, ...]
+    revisions: tuple[Rival, ...]
+
+
+class RevisionView(msgspec.Struct, frozen=True, kw_only=True):
+    """A revision as `revisions` lists it."""
+
+    id: RevisionId
+    created_unix_ns: int
+    manifest: Digest
+    weight: float
+    ready: int
+    replicas: int
+    note: str
+
+
 class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     """A deployment as `ps` shows it."""
 
@@ -108,6 +149,7 @@ class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     scale: Scale
     concurrency: int
     created_unix_ns: int
+    rollout: str = ""
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):

@@ -181,7 +181,10 @@ class RevisionWeight(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Parked(msgspec.Struct, frozen=True, kw_only=True):
-    """No replica serves and none is started before `next_try_unix_ns`: requests wait `wait_s_max`, then get `error`."""
+    """No replica serves, and none is started before `next_try_unix_ns`.
+
+    Requests wait `wait_s_max`, then get `error`.
+    """
 
     error: ErrorBody
     wait_s_max: float
