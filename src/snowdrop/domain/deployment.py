@@ -44,8 +44,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """A named, tenant-owned serving target. `generation` grows with each write and fences stale ones.
 
     `revision` is what all traffic goes to but for a rollout under way; `rollouts` are the latest that ended, the
-    newest first. `scale` overrides the revision's own when set with `snowdrop scale`; `revision_bounds` bounds single
-    revisions within it.
+    newest first. `scale` overrides the revision's own when set with `snowdrop scale`; `revision_bounds` bounds
+    single revisions within it.
     """
 
     tenant: TenantId
@@ -61,7 +61,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rival(self) -> RevisionId | None:
-        """The other revision of a rollout under way: the old one after the shift of all traffic, before it the new."""
+        """The other revision of a rollout under way: the new one until all traffic is shifted, then the old."""
         if self.rollout is None:
             return None
         return self.rollout.stable if self.revision == self.rollout.candidate else self.rollout.candidate
