@@ -22,19 +22,47 @@ STAGE_ATTRIBUTE = "__snowdrop_stage__"
 """Function attribute that marks a startup, endpoint or shutdown method."""
 
 CONCURRENCY_MAX = 10_000
+PRIORITY_MAX = 9
 
 
 class QueueSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How long and how many requests may wait for a slot; `request_s_max` starts when the turn comes."""
+    """How long and how many requests may wait for a slot, and in which order; `request_s_max` starts with the turn.
+
+    `order` is that among requests of one priority: as they came, or fair between callers. A caller is a key, or, if
+    `fair_by` says so, whom the header `snowdrop-caller` names (for a backend that calls for many). A request may
+    ask for a priority within `priority_min` and `priority_max`; without one it gets `priority`. Each step counts as
+    if it had come `priority_lead_s` earlier. A stream that waits is told how it stands after `progress_first_s`
+    (None: never), then every `progress_every_s`.
+    """
 
     length_max: int = 1_000
     wait_s_max: float = 600.0
     request_s_max: float = 3_600.0
+    order: Literal["fifo", "fair"] = "fifo"
+    fair_by: Literal["key", "caller"] = "key"
+    priority: int = 0
+    priority_min: int = 0
+    priority_max: int = 0
+    priority_lead_s: float = 60.0
+    progress_first_s: float | None = 1.0
+    progress_every_s: float = 2.0
 
     def __post_init__(self) -> None:
         require(1 <= self.length_max <= 1_000_000, "queue.length_max", "1 to 1,000,000")
         require(0 < self.wait_s_max <= 86_400, "queue.wait_s_max", "more than 0, at most 86,400 s")
         require(0 < self.request_s_max <= 86_400, "queue.request_s_max", "more than 0, at most 86,400 s")
+        require(
+            -PRIORITY_MAX <= self.priority_min <= self.priority <= self.priority_max <= PRIORITY_MAX,
+            "queue.priority",
+            f"-{PRIORITY_MAX} <= priority_min <= priority <= priority_max <= {PRIORITY_MAX}",
+        )
+        require(0 <= self.priority_lead_s <= 86_400, "queue.priority_lead_s", "0 to 86,400 s")
+        require(
+            self.progress_first_s is None or 0 <= self.progress_first_s <= 600,
+            "queue.progress_first_s",
+            "0 to 600 s, or None",
+        )
+        require(0.1 <= self.progress_every_s <= 600, "queue.progress_every_s", "0.1 to 600 s")
 
 
 class ResourceSpec(msgspec.Struct, frozen=True, kw_only=True):
