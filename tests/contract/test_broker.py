@@ -13,6 +13,7 @@ from platform_helpers import KEY, NAME, call, caller, replica_route, route
 from snowdrop.domain.errors import NotFoundError, PlatformDownError, RevisionFailedError
 from snowdrop.domain.ids import ReceiptId
 from snowdrop.gateway.broker import Broker, LocalBroker, RemoteBroker
+from snowdrop.gateway.effects import Now
 from snowdrop.gateway.owner import Owner
 from snowdrop.gateway.queue import QueueCore
 from snowdrop.wire.codec import PROTOCOL_VERSION
@@ -22,6 +23,7 @@ from snowdrop.wire.stream import MessageStream
 
 pytestmark = pytest.mark.anyio
 WAIT_S_MAX = 10.0
+NOW = Now(0.0, 0)
 
 
 class Bench:
@@ -44,7 +46,7 @@ class Bench:
         self.owner.from_control(Routes(generation=1, deployments=(route(*replicas, **more),)))
 
     def counts(self) -> tuple[int, int]:
-        (load,) = self.core.loads()
+        (load,) = self.core.loads(NOW)
         return load.in_flight, load.queued
 
     async def until(self, condition: Callable[[], bool]) -> None:

@@ -1,11 +1,9 @@
-"""Routing and admission."""
+"""Routing."""
 
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snowdrop.domain.service import QueueSpec
-from snowdrop.policy.admission import RETRY_AFTER_S_MAX, RETRY_AFTER_S_MIN, Admit, Refuse, admit, retry_after_s
 from snowdrop.policy.routing import choose
 
 
@@ -33,25 +31,3 @@ def test_the_least_loaded_free_replica_is_chosen(replicas: list[Slots]) -> None:
     assert chosen.free
     share = min(r.in_flight / r.concurrency for r in free)
     assert chosen is next(r for r in free if r.in_flight / r.concurrency == share), "the first wins a tie"
-
-
-@given(st.integers(1, 50), st.integers(0, 100), st.floats(0, 1e4), st.floats(0, 1e6), st.floats(0.1, 1e4))
-def test_admission_holds_the_bound_and_tells_a_bounded_time(
-    length_max: int, waiting: int, rate: float, now_s: float, wait_s_max: float
-) -> None:
-    queue = QueueSpec(length_max=length_max, wait_s_max=wait_s_max)
-    verdict = admit(queue, waiting=waiting, drained_per_s=rate, start_s=0.0, now_s=now_s)
-    if waiting < length_max:
-        assert verdict == Admit(now_s + wait_s_max)
-    else:
-        assert isinstance(verdict, Refuse)
-        assert RETRY_AFTER_S_MIN <= verdict.retry_after_s <= RETRY_AFTER_S_MAX
-        assert verdict.retry_after_s == int(verdict.retry_after_s)
-
-
-def test_retry_after_follows_how_fast_the_queue_drains() -> None:
-    assert retry_after_s(waiting=100, drained_per_s=10.0) == 5.0
-    assert retry_after_s(waiting=100, drained_per_s=0.0) == RETRY_AFTER_S_MIN
-    assert retry_after_s(waiting=10**6, drained_per_s=0.01) == RETRY_AFTER_S_MAX
-    assert retry_after_s(waiting=10, drained_per_s=0.0, start_s=7.2) == 8.0, "a start must end first"
-    assert retry_after_s(waiting=1, drained_per_s=5e-324) == RETRY_AFTER_S_MAX

@@ -58,7 +58,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
     assert refused.message.error.kind == "queue_full"
     assert refused.message.error.retry_after_s is not None
     assert refused.message.error.retry_after_s >= 1
-    (load,) = bench.core.loads()
+    (load,) = bench.core.loads(bench.now)
     assert (load.queued, load.arrived, load.refused, load.peak) == (2, 3, 1, 2)
 
 
@@ -68,7 +68,7 @@ def test_waiting_ends_at_the_bound() -> None:
     assert bench.core.tick(Now(4.9, 0)) == []
     (late,) = bench.core.tick(Now(5.0, 0))
     assert isinstance(late, Deny)
-    assert late.message.error.kind == "timed_out"
+    assert late.message.error.kind == "waited_too_long"
     assert late.message.error.where == "queue.wait_s_max=5"
     assert not bench.core.busy
 

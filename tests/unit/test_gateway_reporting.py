@@ -35,7 +35,7 @@ def test_a_request_between_two_reports_counts_and_so_does_its_end() -> None:
     assert lease is not None
     core.release(lease, NOW)
     assert core.worth_reporting
-    (load,) = core.loads()
+    (load,) = core.loads(NOW)
     assert (load.in_flight, load.queued, load.peak) == (0, 0, 1)
     assert not core.worth_reporting
 
@@ -44,10 +44,12 @@ def test_a_wait_that_was_reported_is_taken_back() -> None:
     """A start quicker than the report's period must not leave one request waiting for ever in control's eyes."""
     core = make()
     assert ask(core, 1) is None
-    assert core.loads()[0].queued == 1
+    assert core.loads(NOW)[0].queued == 1
     core.cancel("w", 1, NOW)
     assert core.worth_reporting
-    assert core.loads()[0].queued == 0
+    assert core.loads(NOW)[0].queued == 0
+    (gone,) = core.waits.take()
+    assert gone.outcome == "gone"
     assert not core.worth_reporting
 
 
@@ -55,5 +57,5 @@ def test_what_is_in_flight_is_told_by_replica() -> None:
     core = make("rep-1", "rep-2")
     for ticket in range(3):
         ask(core, ticket)
-    (load,) = core.loads()
+    (load,) = core.loads(NOW)
     assert sorted(load.busy.values()) == [1, 2]

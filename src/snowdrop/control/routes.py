@@ -30,6 +30,7 @@ def deployment_route(world: World, key: DeploymentKey) -> DeploymentRoute | None
         starting=sum(1 for _, replica in replicas if replica.state in STARTING_STATES and not replica.draining),
         replicas_max=entry.scale.max,
         start_s=entry.start_s,
+        own_readyz=any(endpoint.path == "/readyz" for endpoint in entry.revision.spec.endpoints),
         refusal=_refusal(entry, serving=serving),
         weights=rollouts.weights(world, key),
         parked=_parked(entry, serving=serving),

@@ -136,6 +136,12 @@ class UnavailableError(SnowdropError):
     retryable = True
 
 
+class WaitedTooLongError(UnavailableError):
+    """No slot came free within the longest wait: 503 with a Retry-After. `where` names the bound."""
+
+    kind = "waited_too_long"
+
+
 class OriginRefusedError(UnavailableError):
     """The origin turns this node or its credentials away. Only a change of them, or of their rights, helps."""
 

@@ -26,13 +26,13 @@ PRIORITY_MAX = 9
 
 
 class QueueSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How long and how many requests may wait for a slot, and in which order; `request_s_max` starts with the turn.
+    """How long and how many requests may wait for a slot, and in which order.
 
-    `order` is that among requests of one priority: as they came, or fair between callers. A caller is a key, or, if
-    `fair_by` says so, whom the header `snowdrop-caller` names (for a backend that calls for many). A request may
-    ask for a priority within `priority_min` and `priority_max`; without one it gets `priority`. Each step counts as
-    if it had come `priority_lead_s` earlier. A stream that waits is told how it stands after `progress_first_s`
-    (None: never), then every `progress_every_s`.
+    `request_s_max` starts when the turn comes. `order` is that among requests of one priority: as they came, or
+    fair between callers. A caller is a key, or, if `fair_by` says so, whom the header `snowdrop-caller` names (for
+    a backend that calls for many). A request may ask for a priority within `priority_min` and `priority_max`;
+    without one it gets `priority`. Each step counts as if it had come `priority_lead_s` earlier. A stream that
+    waits is told how it stands after `progress_first_s` (None: never), then every `progress_every_s`.
     """
 
     length_max: int = 1_000

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import anyio
 import anyio.abc
 
 from snowdrop.domain.errors import PlatformDownError, error_from_body
-from snowdrop.domain.ids import ReceiptId
+from snowdrop.domain.ids import DeploymentName, ReceiptId
 from snowdrop.domain.receipt import CallerTimes
 from snowdrop.gateway.call import Call
 from snowdrop.gateway.owner import Owner
@@ -26,6 +26,8 @@ from snowdrop.wire.slots import (
     CancelWait,
     Denied,
     Granted,
+    Look,
+    Looked,
     ReleaseLease,
     ReportServed,
     ReportUnreachable,
@@ -39,6 +41,7 @@ OUTBOX_MAX = 100_000
 """Messages a worker may have waiting for its owner; more than all requests it can hold at once."""
 
 
+T = TypeVar("T")
 TakeNews = Callable[[WaitNews], None]
 
 
@@ -52,6 +55,10 @@ class Broker(Protocol):
         """
         ...
 
+    async def look(self, key_sha256: str | None, deployment: DeploymentName, *, activate: bool) -> Looked:
+        """How a deployment stands; wakes it if asked. Raises the typed error of an unknown one or a wrong key."""
+        ...
+
     def release(self, granted: Granted) -> None: ...
     def unreachable(self, granted: Granted, message: str) -> None: ...
     def served(self, receipt: ReceiptId, caller: CallerTimes) -> None: ...
@@ -63,6 +70,7 @@ class _Tickets:
     def __init__(self) -> None:
         self._next = 1
         self._waiting: dict[int, asyncio.Future[Granted]] = {}
+        self._looking: dict[int, asyncio.Future[Looked]] = {}
         self._news: dict[int, TakeNews] = {}
 
     def number(self) -> int:
@@ -84,25 +92,44 @@ class _Tickets:
             if take is not None:
                 take(message)
             return
-        future = self._waiting.pop(message.ticket, None)
         self._news.pop(message.ticket, None)
-        if future is None or future.done():
+        if isinstance(message, Looked):
+            looking = self._looking.pop(message.ticket, None)
+            if looking is not None and not looking.done():
+                looking.set_result(message)
             return
+        future = self._waiting.pop(message.ticket, None)
         if isinstance(message, Denied):
-            future.set_exception(error_from_body(message.error))
-        else:
+            error = error_from_body(message.error)
+            _fail(future, error)
+            _fail(self._looking.pop(message.ticket, None), error)
+        elif future is not None and not future.done():
             future.set_result(message)
 
+    def look(self, ticket: int) -> asyncio.Future[Looked]:
+        """The future of an answer to a look."""
+        future: asyncio.Future[Looked] = asyncio.get_running_loop().create_future()
+        self._looking[ticket] = future
+        return future
+
     def close(self, ticket: int) -> None:
+        self._looking.pop(ticket, None)
         self._waiting.pop(ticket, None)
         self._news.pop(ticket, None)
 
     def fail_all(self, error: Exception) -> None:
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(error)
+        for waiting in self._waiting.values():
+            _fail(waiting, error)
+        for looking in self._looking.values():
+            _fail(looking, error)
         self._waiting.clear()
+        self._looking.clear()
         self._news.clear()
+
+
+def _fail(future: asyncio.Future[T] | None, error: Exception) -> None:
+    if future is not None and not future.done():
+        future.set_exception(error)
 
 
 def _asks(call: Call, ticket: int) -> Acquire:
@@ -162,6 +189,14 @@ class LocalBroker:
             self._tickets.close(ticket)
             self._owner.cancel(self._worker, ticket)
             raise
+
+    async def look(self, key_sha256: str | None, deployment: DeploymentName, *, activate: bool) -> Looked:
+        ticket = self._tickets.number()
+        future = self._tickets.look(ticket)
+        self._owner.look(
+            self._worker, Look(ticket=ticket, key_sha256=key_sha256, deployment=deployment, activate=activate)
+        )
+        return await future
 
     def _answer(self, message: ToWorker) -> None:
         if message.ticket == self._arriving:
@@ -229,6 +264,17 @@ class RemoteBroker:
             self._tickets.close(ticket)
             self._say(CancelWait(ticket=ticket))
             raise
+
+    async def look(self, key_sha256: str | None, deployment: DeploymentName, *, activate: bool) -> Looked:
+        if self._gone.is_set():
+            raise _owner_gone()
+        ticket = self._tickets.number()
+        future = self._tickets.look(ticket)
+        self._say(Look(ticket=ticket, key_sha256=key_sha256, deployment=deployment, activate=activate))
+        try:
+            return await future
+        finally:
+            self._tickets.close(ticket)
 
     def release(self, granted: Granted) -> None:
         self._say(ReleaseLease(lease=granted.lease))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from snowdrop.domain.errors import NotFoundError, QueueFullError, SnowdropError, TimedOutError
+from snowdrop.domain.errors import NotFoundError, QueueFullError, SnowdropError, WaitedTooLongError
 from snowdrop.domain.ids import DeploymentName, ReplicaId, TenantId
-from snowdrop.policy.admission import RETRY_AFTER_S_MIN
 from snowdrop.wire.control import DeploymentRoute
-from snowdrop.wire.slots import Denied, Granted
+from snowdrop.wire.slots import Denied, Granted, Looked, WaitNews
 
 DeploymentKey = tuple[TenantId, DeploymentName]
 
@@ -34,8 +33,15 @@ class Deny(msgspec.Struct, frozen=True):
     message: Denied
 
 
+class Tell(msgspec.Struct, frozen=True):
+    """Send `message` to `worker`: how it stands. Nothing is granted or denied by it."""
+
+    worker: str
+    message: WaitNews | Looked
+
+
 class DemandChanged(msgspec.Struct, frozen=True):
-    """A request found no slot: tell control now instead of with the next report."""
+    """A request found no slot, or somebody woke the deployment: tell control now, not with the next report."""
 
     key: DeploymentKey
 
@@ -46,7 +52,7 @@ class Idle(msgspec.Struct, frozen=True):
     replica: ReplicaId
 
 
-Effect = Grant | Deny | DemandChanged | Idle
+Effect = Grant | Deny | Tell | DemandChanged | Idle
 
 
 def deny(worker: str, ticket: int, error: SnowdropError) -> Deny:
@@ -68,10 +74,16 @@ def queue_full(route: DeploymentRoute, *, waiting: int, retry_after_s: float) ->
     )
 
 
-def waited_too_long(route: DeploymentRoute, *, ready: int) -> TimedOutError:
-    return TimedOutError(
+def waited_too_long(
+    route: DeploymentRoute, *, ready: int, asked_s: float | None, retry_after_s: float
+) -> WaitedTooLongError:
+    """`asked_s` is what the caller wanted to wait at most."""
+    own = asked_s is not None and asked_s < route.queue.wait_s_max
+    return WaitedTooLongError(
         f"no slot came free for {route.deployment!r} ({ready} replicas ready, {route.starting} starting)",
-        where=f"queue.wait_s_max={route.queue.wait_s_max:g}",
-        next_step="try again; `snowdrop describe` says what the deployment is doing",
-        retry_after_s=RETRY_AFTER_S_MIN,
+        where=f"the caller's own bound of {asked_s:g} s"
+        if own
+        else f"queue.wait_s_max={route.queue.wait_s_max:g}",
+        next_step="try again after retry_after_s; `snowdrop why` says what the deployment is doing",
+        retry_after_s=retry_after_s,
     )

@@ -35,6 +35,7 @@ from snowdrop.wire.slots import (
     Acquire,
     CancelWait,
     FromWorker,
+    Look,
     ReleaseLease,
     ReportServed,
     ReportUnreachable,
@@ -84,6 +85,9 @@ class Owner:
 
     def arrive(self, worker: str, request: Acquire) -> None:
         self._carry_out(self._core.arrive(worker, request, _now()))
+
+    def look(self, worker: str, request: Look) -> None:
+        self._carry_out(self._core.look(worker, request, _now()))
 
     def cancel(self, worker: str, ticket: int) -> None:
         self._carry_out(self._core.cancel(worker, ticket, _now()))
@@ -151,6 +155,8 @@ class Owner:
             self.release(message.lease)
         elif isinstance(message, CancelWait):
             self.cancel(worker, message.ticket)
+        elif isinstance(message, Look):
+            self.look(worker, message)
         elif isinstance(message, ReportUnreachable):
             self.unreachable(message.lease, message.message)
         elif isinstance(message, ReportServed):
@@ -179,7 +185,7 @@ class Owner:
             self._callers.pop(message.receipt, None)
 
     def load_report(self) -> LoadReport:
-        return LoadReport(gateway=self._gateway, loads=self._core.loads())
+        return LoadReport(gateway=self._gateway, loads=self._core.loads(_now()), waits=self._core.waits.take())
 
     async def run(self, *, load_report_s: float) -> None:
         """Ends late waits and reports the load while there is any, and until its end has been reported."""

@@ -9,11 +9,8 @@ There is one of it per gateway, in the owner. Invariants, which the property tes
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict
 from collections.abc import Iterable
-
-import msgspec
+from heapq import heapify, heappop, heappush
 
 from snowdrop.domain.errors import ErrorBody, SnowdropError, UnavailableError
 from snowdrop.domain.ids import DeploymentName, ReplicaId, TenantId
@@ -25,89 +22,26 @@ from snowdrop.gateway.effects import (
     Grant,
     Idle,
     Now,
+    Tell,
     deny,
     queue_full,
     unknown,
-    waited_too_long,
 )
+from snowdrop.gateway.looking import looked
+from snowdrop.gateway.table import Deployment, Gauges, Lease, ReplicaSlots, TicketKey, Waiting
+from snowdrop.gateway.waitlog import WaitLog
 from snowdrop.policy import admission, routing
+from snowdrop.policy.queueing import rules_of
 from snowdrop.tenancy.keys import authenticate
-from snowdrop.wire.control import DeploymentLoad, DeploymentRoute, KeyGrant, ReplicaRoute
-from snowdrop.wire.slots import Acquire, Denied, Granted
+from snowdrop.wire.control import DeploymentLoad, DeploymentRoute, KeyGrant
+from snowdrop.wire.slots import Acquire, Denied, Granted, Look
 
-DRAIN_RATE_HALF_LIFE_S = 5.0
 PENALTY_S = 1.0
 """A replica that could not be reached is left out for so long, unless control says something of it first."""
-
-TicketKey = tuple[str, int]
-
-
-class _Replica:
-    """A replica's slots. `accepting` is control's word, less what this gateway found out itself."""
-
-    __slots__ = ("idle_said", "leases", "penalty_until_s", "route")
-
-    def __init__(self, route: ReplicaRoute) -> None:
-        self.route = route
-        self.leases: set[int] = set()
-        self.idle_said = False
-        self.penalty_until_s = 0.0
-
-    @property
-    def in_flight(self) -> int:
-        return len(self.leases)
-
-    @property
-    def concurrency(self) -> int:
-        return self.route.concurrency
-
-    @property
-    def accepting(self) -> bool:
-        return self.route.accepting and not self.penalty_until_s
-
-
-class _Waiting(msgspec.Struct):
-    worker: str
-    request: Acquire
-    deadline_s: float
-
-
-class _Deployment:
-    """One deployment's queue, replicas and counters."""
-
-    def __init__(self, route: DeploymentRoute) -> None:
-        self.route = route
-        self.replicas: dict[ReplicaId, _Replica] = {}
-        self.waiting: OrderedDict[TicketKey, _Waiting] = OrderedDict()
-        self.arrived = 0
-        self.refused = 0
-        self.peak = 0
-        self.reported = 0
-        self.drained_per_s = 0.0
-        self.drained_at_s = 0.0
-
-    @property
-    def in_flight(self) -> int:
-        return sum(replica.in_flight for replica in self.replicas.values())
-
-    @property
-    def accepting(self) -> int:
-        return sum(1 for replica in self.replicas.values() if replica.accepting)
-
-    def note_peak(self) -> None:
-        self.peak = max(self.peak, self.in_flight + len(self.waiting))
-
-    def drain_rate(self, now_s: float) -> float:
-        """Requests a second that got a slot lately; it fades while none does."""
-        half_lives = max(0.0, now_s - self.drained_at_s) / DRAIN_RATE_HALF_LIFE_S
-        return self.drained_per_s * math.exp2(-half_lives)
-
-    def note_drained(self, now_s: float) -> None:
-        """Exponentially forgetting rate of requests that left the queue for a slot."""
-        elapsed_s = max(now_s - self.drained_at_s, 1e-3)
-        keep = 0.5 ** (elapsed_s / DRAIN_RATE_HALF_LIFE_S)
-        self.drained_per_s = self.drained_per_s * keep + (1 - keep) / elapsed_s
-        self.drained_at_s = now_s
+RANKED_MAX = 10_000
+"""In a longer line than this, those who wait are not told their exact place."""
+STALE_MAX = 1_024
+"""Outdated deadlines that may be kept beside one for each waiting request."""
 
 
 class QueueCore:
@@ -116,11 +50,13 @@ class QueueCore:
     def __init__(self, *, keys_required: bool) -> None:
         self._keys_required = keys_required
         self._keys: dict[str, TenantId] = {}
-        self._deployments: dict[DeploymentKey, _Deployment] = {}
-        self._leases: dict[int, tuple[str, DeploymentKey, _Replica]] = {}
-        self._tickets: dict[TicketKey, _Deployment | int] = {}
-        self._ticket_of_lease: dict[int, TicketKey] = {}
+        self._deployments: dict[DeploymentKey, Deployment] = {}
+        self._leases: dict[int, Lease] = {}
+        self._tickets: dict[TicketKey, Deployment | int] = {}
+        self._deadlines: list[tuple[float, int, TicketKey]] = []
         self._next_lease = 1
+        self._next_wait = 1
+        self.waits = WaitLog()
         self.connected = False
 
     # --- requests -----------------------------------------------------------------------------------------
@@ -128,46 +64,48 @@ class QueueCore:
     def arrive(self, worker: str, request: Acquire, now: Now) -> list[Effect]:
         """A request wants a slot: grants it, queues it or denies it."""
         try:
-            tenant = request.tenant
-            if tenant is None:
-                tenant = authenticate(request.key_sha256, self._keys, required=self._keys_required)
+            tenant = request.tenant or self._tenant(request.key_sha256)
             deployment = self._find(tenant, request.deployment)
         except SnowdropError as error:
             return [deny(worker, request.ticket, error)]
-        deployment.arrived += 1
-        key = (tenant, request.deployment)
+        if not request.attempt:
+            deployment.arrived += 1
         if deployment.route.refusal is not None:
-            deployment.refused += 1
-            return [Deny(worker, Denied(ticket=request.ticket, error=deployment.route.refusal))]
-        if not deployment.waiting:
+            return [self._refuse(worker, request, deployment, deployment.route.refusal, now)]
+        if not deployment.line:
             replica = routing.choose(deployment.replicas.values())
             if replica is not None:
                 effect = self._grant(worker, request, deployment, replica, now)
                 deployment.note_peak()
                 return [effect]
+        waited_s = max(0.0, (now.unix_ns - request.arrived_unix_ns) / 1e9) if request.attempt else 0.0
         verdict = admission.admit(
             deployment.route.queue,
-            waiting=len(deployment.waiting),
-            drained_per_s=deployment.drain_rate(now.s),
-            start_s=0.0 if deployment.accepting else deployment.route.start_s,
+            lambda: deployment.outlook(now),
+            waiting=len(deployment.line),
+            promised=deployment.promised(now.s),
+            wait_s_max=request.wait_s_max,
+            waited_s=waited_s,
             now_s=now.s,
         )
         if isinstance(verdict, admission.Refuse):
-            deployment.refused += 1
-            return [
-                deny(
-                    worker,
-                    request.ticket,
-                    queue_full(
-                        deployment.route, waiting=len(deployment.waiting), retry_after_s=verdict.retry_after_s
-                    ),
-                )
-            ]
-        ticket = (worker, request.ticket)
-        deployment.waiting[ticket] = _Waiting(worker, request, verdict.deadline_s)
-        self._tickets[ticket] = deployment
-        deployment.note_peak()
-        return [DemandChanged(key)]
+            deployment.promise(now.s + verdict.retry_after_s)
+            full = queue_full(deployment.route, waiting=len(deployment.line), retry_after_s=verdict.retry_after_s)
+            return [self._refuse(worker, request, deployment, full.body(), now)]
+        return self._wait(worker, request, deployment, verdict.deadline_s, now)
+
+    def look(self, worker: str, request: Look, now: Now) -> list[Effect]:
+        """Says how a deployment stands; wakes it if asked, as a request would that waits for no answer."""
+        try:
+            tenant = self._tenant(request.key_sha256)
+            deployment = self._find(tenant, request.deployment)
+        except SnowdropError as error:
+            return [deny(worker, request.ticket, error)]
+        effects: list[Effect] = []
+        if request.activate and deployment.route.refusal is None:
+            deployment.wake(now.s)
+            effects.append(DemandChanged((tenant, request.deployment)))
+        return [*effects, Tell(worker, looked(request.ticket, deployment, now))]
 
     def cancel(self, worker: str, ticket: int, now: Now) -> list[Effect]:
         """The client is gone. A slot that was granted meanwhile is given back."""
@@ -175,64 +113,45 @@ class QueueCore:
         if found is None:
             return []
         if isinstance(found, int):
-            return self.release(found, now)
-        found.waiting.pop((worker, ticket), None)
+            return self._end(found, now, done=False)
+        waited = found.leave((worker, ticket))
+        if waited is not None:
+            self.waits.gone(found, waited, now)
         return []
 
     def release(self, lease: int, now: Now) -> list[Effect]:
-        """A request is over; its slot goes to the next in the queue."""
-        held = self._leases.pop(lease, None)
-        if held is None:
-            return []
-        _worker, key, replica = held
-        replica.leases.discard(lease)
-        self._forget_ticket(lease)
-        effects = self._idle(replica)
-        deployment = self._deployments.get(key)
-        if deployment is None or replica.route.replica not in deployment.replicas:
-            return effects
-        return effects + self._serve(deployment, now)
+        """A request is over; its slot goes to whoever has the turn."""
+        return self._end(lease, now, done=True)
 
     def unreachable(self, lease: int, now: Now) -> tuple[ReplicaId | None, list[Effect]]:
         """No connection to the lease's replica: it is left out for a while, and the lease ends."""
         held = self._leases.get(lease)
         if held is None:
             return None, []
-        held[2].penalty_until_s = now.s + PENALTY_S
-        return held[2].route.replica, self.release(lease, now)
+        held.replica.penalty_until_s = now.s + PENALTY_S
+        return held.replica.route.replica, self._end(lease, now, done=False)
 
     def worker_gone(self, worker: str, now: Now) -> list[Effect]:
         """A worker's connection ended: its waiting requests vanish, its leases are reclaimed."""
         for ticket in [t for t in self._tickets if t[0] == worker]:
             found = self._tickets.pop(ticket)
             if not isinstance(found, int):
-                found.waiting.pop(ticket, None)
+                found.leave(ticket)
         effects: list[Effect] = []
-        for lease in [number for number, held in self._leases.items() if held[0] == worker]:
-            effects += self.release(lease, now)
+        for lease in [number for number, held in self._leases.items() if held.worker == worker]:
+            effects += self._end(lease, now, done=False)
         return effects
 
     def tick(self, now: Now) -> list[Effect]:
-        """Ends waits that have lasted too long and penalties that have run out."""
-        effects: list[Effect] = []
+        """Ends waits that have lasted too long and penalties that have run out; tells those who want to know."""
+        effects: list[Effect] = self._end_late(now)
         for deployment in self._deployments.values():
-            late = [w for w in deployment.waiting.values() if w.deadline_s <= now.s]
-            for waiting in late:
-                ticket = (waiting.worker, waiting.request.ticket)
-                del deployment.waiting[ticket]
-                self._tickets.pop(ticket, None)
-                deployment.refused += 1
-                effects.append(
-                    deny(
-                        waiting.worker,
-                        waiting.request.ticket,
-                        waited_too_long(deployment.route, ready=deployment.accepting),
-                    )
-                )
             for replica in deployment.replicas.values():
                 if replica.penalty_until_s and replica.penalty_until_s <= now.s:
                     replica.penalty_until_s = 0.0
+            deployment.end_waking(now.s)
             effects += self._serve(deployment, now)
+            effects += self._news(deployment, now)
         return effects
 
     # --- the table ----------------------------------------------------------------------------------------
@@ -262,61 +181,53 @@ class QueueCore:
                 return []
             del self._deployments[key]
             deployment.replicas.clear()
-            return self._deny_all(deployment, unknown(key[1]).body())
+            return self._deny_all(deployment, unknown(key[1]).body(), now)
         if deployment is None:
-            deployment = self._deployments[key] = _Deployment(route)
+            deployment = self._deployments[key] = Deployment(route)
         deployment.route = route
+        deployment.line.change(rules_of(route.queue))
         for replica_route in route.replicas:
             known = deployment.replicas.get(replica_route.replica) or self._still_leased(replica_route.replica)
             if known is None:
-                known = _Replica(replica_route)
+                known = ReplicaSlots(replica_route)
             elif known.route != replica_route:
                 known.route, known.penalty_until_s = replica_route, 0.0
             deployment.replicas[replica_route.replica] = known
         kept = {replica_route.replica for replica_route in route.replicas}
         for gone in [name for name in deployment.replicas if name not in kept]:
             del deployment.replicas[gone]
+        deployment.end_waking(now.s)
         effects: list[Effect] = []
         for replica in deployment.replicas.values():
             effects += self._idle(replica)
         if route.refusal is not None:
-            return effects + self._deny_all(deployment, route.refusal)
+            return effects + self._deny_all(deployment, route.refusal, now)
         return effects + self._serve(deployment, now)
 
-    def loads(self) -> tuple[DeploymentLoad, ...]:
+    def loads(self, now: Now) -> tuple[DeploymentLoad, ...]:
         """The load of every deployment; resets the peaks."""
-        report: list[DeploymentLoad] = []
-        for (tenant, name), deployment in self._deployments.items():
-            in_flight = deployment.in_flight
-            queued = len(deployment.waiting)
-            report.append(
-                DeploymentLoad(
-                    tenant=tenant,
-                    deployment=name,
-                    in_flight=in_flight,
-                    queued=queued,
-                    peak=max(deployment.peak, in_flight + queued),
-                    arrived=deployment.arrived,
-                    refused=deployment.refused,
-                    busy={name: r.in_flight for name, r in deployment.replicas.items() if r.in_flight},
-                )
-            )
-            deployment.peak = deployment.reported = in_flight + queued
-        return tuple(report)
+        return tuple(deployment.take_load(now.s) for deployment in self._deployments.values())
+
+    def gauges(self) -> tuple[Gauges, ...]:
+        """How every deployment stands, for metrics; changes nothing."""
+        return tuple(deployment.gauges() for deployment in self._deployments.values())
 
     @property
     def worth_reporting(self) -> bool:
         """Whether control does not know the load as it is: also a request that came and went in between counts."""
-        return any(d.peak or d.reported for d in self._deployments.values())
+        return bool(self.waits) or any(d.peak or d.reported or d.queued for d in self._deployments.values())
 
     @property
     def busy(self) -> bool:
         """Whether any request waits or is in flight."""
-        return bool(self._leases) or any(deployment.waiting for deployment in self._deployments.values())
+        return bool(self._leases) or any(deployment.line for deployment in self._deployments.values())
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _find(self, tenant: TenantId, name: DeploymentName) -> _Deployment:
+    def _tenant(self, key_sha256: str | None) -> TenantId:
+        return authenticate(key_sha256, self._keys, required=self._keys_required)
+
+    def _find(self, tenant: TenantId, name: DeploymentName) -> Deployment:
         deployment = self._deployments.get((tenant, name))
         if deployment is not None:
             return deployment
@@ -326,16 +237,36 @@ class QueueCore:
             )
         raise unknown(name)
 
+    def _refuse(self, worker: str, request: Acquire, deployment: Deployment, error: ErrorBody, now: Now) -> Effect:
+        deployment.refused += 1
+        self.waits.refused(deployment, request, error, now)
+        return Deny(worker, Denied(ticket=request.ticket, error=error))
+
+    def _wait(
+        self, worker: str, request: Acquire, deployment: Deployment, deadline_s: float, now: Now
+    ) -> list[Effect]:
+        queue = deployment.route.queue
+        waiting = deployment.join(worker, request, deadline_s, now)
+        self._tickets[waiting.ticket] = deployment
+        heappush(self._deadlines, (deadline_s, self._next_wait, waiting.ticket))
+        self._next_wait += 1
+        deployment.note_peak()
+        effects: list[Effect] = [DemandChanged((deployment.route.tenant, request.deployment))]
+        if request.progress and queue.progress_first_s is not None:
+            effects.append(Tell(worker, deployment.news(waiting, waiting.position, now)))
+        return effects
+
     def _grant(
-        self, worker: str, request: Acquire, deployment: _Deployment, replica: _Replica, now: Now
-    ) -> Effect:
+        self, worker: str, request: Acquire, deployment: Deployment, replica: ReplicaSlots, now: Now
+    ) -> Grant:
         lease = self._next_lease
         self._next_lease += 1
-        self._leases[lease] = (worker, (deployment.route.tenant, deployment.route.deployment), replica)
-        replica.leases.add(lease)
         ticket = (worker, request.ticket)
+        key = (deployment.route.tenant, deployment.route.deployment)
+        self._leases[lease] = Lease(worker, key, replica, ticket, deployment, now.s)
+        replica.leases.add(lease)
+        deployment.lent(now.s)
         self._tickets[ticket] = lease
-        self._ticket_of_lease[lease] = ticket
         route = replica.route
         waited_for_it = request.arrived_unix_ns < route.ready_unix_ns
         message = Granted(
@@ -354,23 +285,69 @@ class QueueCore:
         )
         return Grant(worker, message)
 
-    def _serve(self, deployment: _Deployment, now: Now) -> list[Effect]:
-        """Hands free slots to the queue, first come first served."""
+    def _end(self, lease: int, now: Now, *, done: bool) -> list[Effect]:
+        """A lease ends, once: hearing of it again changes nothing."""
+        held = self._leases.pop(lease, None)
+        if held is None:
+            return []
+        held.replica.leases.discard(lease)
+        self._tickets.pop(held.ticket, None)
+        held.deployment.given_back(held, now.s, done=done)
+        effects = self._idle(held.replica)
+        deployment = self._deployments.get(held.key)
+        if deployment is None or held.replica.route.replica not in deployment.replicas:
+            return effects
+        return effects + self._serve(deployment, now)
+
+    def _serve(self, deployment: Deployment, now: Now) -> list[Effect]:
+        """Hands free slots to those whose turn it is."""
         effects: list[Effect] = []
-        while deployment.waiting:
+        while deployment.line:
             replica = routing.choose(deployment.replicas.values())
             if replica is None:
                 break
-            _ticket, waiting = deployment.waiting.popitem(last=False)
+            waiting = deployment.take()
+            if waiting is None:
+                break
             deployment.note_drained(now.s)
-            effects.append(self._grant(waiting.worker, waiting.request, deployment, replica, now))
+            grant = self._grant(waiting.worker, waiting.request, deployment, replica, now)
+            self.waits.granted(deployment, waiting, grant.message, now)
+            effects.append(grant)
         return effects
 
-    def _still_leased(self, replica: ReplicaId) -> _Replica | None:
-        """A replica that left the table with requests in flight: if it comes back, they still count."""
-        return next((held[2] for held in self._leases.values() if held[2].route.replica == replica), None)
+    def _end_late(self, now: Now) -> list[Effect]:
+        effects: list[Effect] = []
+        while self._deadlines and self._deadlines[0][0] <= now.s:
+            _deadline_s, _number, ticket = heappop(self._deadlines)
+            deployment = self._tickets.get(ticket)
+            if not isinstance(deployment, Deployment):
+                continue
+            waited = deployment.leave(ticket)
+            del self._tickets[ticket]
+            if waited is not None:
+                effects.append(self._deny(deployment, waited, deployment.too_late(waited, now), now))
+        if len(self._deadlines) > STALE_MAX + 2 * len(self._tickets):
+            self._deadlines = [entry for entry in self._deadlines if entry[2] in self._tickets]
+            heapify(self._deadlines)
+        return effects
 
-    def _idle(self, replica: _Replica) -> list[Effect]:
+    def _news(self, deployment: Deployment, now: Now) -> list[Effect]:
+        """Tells those who want to know how it stands, now and then."""
+        due = [waiting for waiting in deployment.curious.values() if waiting.news_due_s <= now.s]
+        if not due:
+            return []
+        ranks = deployment.line.ranks() if len(deployment.line) <= RANKED_MAX else {}
+        longest = len(deployment.line) - 1
+        return [
+            Tell(waiting.worker, deployment.news(waiting, ranks.get(waiting.ticket, longest), now))
+            for waiting in due
+        ]
+
+    def _still_leased(self, replica: ReplicaId) -> ReplicaSlots | None:
+        """A replica that left the table with requests in flight: if it comes back, they still count."""
+        return next((h.replica for h in self._leases.values() if h.replica.route.replica == replica), None)
+
+    def _idle(self, replica: ReplicaSlots) -> list[Effect]:
         if replica.route.accepting:
             replica.idle_said = False
             return []
@@ -379,17 +356,14 @@ class QueueCore:
         replica.idle_said = True
         return [Idle(replica.route.replica)]
 
-    def _deny_all(self, deployment: _Deployment, error: ErrorBody) -> list[Effect]:
-        effects: list[Effect] = []
-        for ticket, waiting in deployment.waiting.items():
-            self._tickets.pop(ticket, None)
-            deployment.refused += 1
-            message = Denied(ticket=waiting.request.ticket, error=error)
-            effects.append(Deny(waiting.worker, message))
-        deployment.waiting.clear()
-        return effects
+    def _deny(self, deployment: Deployment, waited: Waiting, error: ErrorBody, now: Now) -> Effect:
+        deployment.refused += 1
+        self.waits.denied(deployment, waited, error, now)
+        return Deny(waited.worker, Denied(ticket=waited.request.ticket, error=error))
 
-    def _forget_ticket(self, lease: int) -> None:
-        ticket = self._ticket_of_lease.pop(lease, None)
-        if ticket is not None:
-            self._tickets.pop(ticket, None)
+    def _deny_all(self, deployment: Deployment, error: ErrorBody, now: Now) -> list[Effect]:
+        effects: list[Effect] = []
+        for waited in deployment.clear():
+            self._tickets.pop(waited.ticket, None)
+            effects.append(self._deny(deployment, waited, error, now))
+        return effects

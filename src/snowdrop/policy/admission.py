@@ -1,15 +1,13 @@
-"""Whether a request may join a deployment's queue, and how long a refused caller should stay away."""
+"""Whether a request may join a deployment's queue, and when a refused caller should come back."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import msgspec
 
 from snowdrop.domain.service import QueueSpec
-
-RETRY_AFTER_S_MIN = 1.0
-RETRY_AFTER_S_MAX = 300.0
+from snowdrop.policy.waiting import Outlook, retry_after_s, turn_s
 
 
 class Admit(msgspec.Struct, frozen=True):
@@ -24,20 +22,30 @@ class Refuse(msgspec.Struct, frozen=True):
     retry_after_s: float
 
 
-def admit(queue: QueueSpec, *, waiting: int, drained_per_s: float, start_s: float, now_s: float) -> Admit | Refuse:
-    """Decides on one arrival.
+def admit(
+    queue: QueueSpec,
+    outlook: Callable[[], Outlook],
+    *,
+    waiting: int,
+    promised: int,
+    wait_s_max: float | None,
+    waited_s: float,
+    now_s: float,
+) -> Admit | Refuse:
+    """Decides on one arrival, which asks to wait `wait_s_max` at most (None: as long as the deployment lets it).
 
-    `drained_per_s` is how fast waiting requests got slots lately (0: not at all), `start_s` how long it takes
-    until a replica that is starting can take one (0: unknown, or replicas are ready).
+    The `outlook` is asked for only if it is refused.
+    `waited_s` is how long it has waited before, when it had a turn at a replica that could not be reached (0: it
+    has just come): it is not refused for the length of the queue. `promised` others were refused before and told
+    to come back, and have not had their time yet: places that become free are theirs first.
     """
-    if waiting < queue.length_max:
-        return Admit(now_s + queue.wait_s_max)
-    return Refuse(retry_after_s(waiting=waiting, drained_per_s=drained_per_s, start_s=start_s))
+    if waiting < queue.length_max or waited_s > 0:
+        bound_s = queue.wait_s_max if wait_s_max is None else min(queue.wait_s_max, wait_s_max)
+        return Admit(now_s + max(0.0, bound_s - waited_s))
+    return Refuse(retry_after_s(turn_s(outlook(), promised)))
 
 
-def retry_after_s(*, waiting: int, drained_per_s: float, start_s: float = 0.0) -> float:
-    """Time until about half of the queue has drained, in whole seconds between the two bounds."""
-    drain_s = waiting / 2 / drained_per_s if drained_per_s > 0 else 0.0
-    return min(
-        max(float(math.ceil(min(start_s + drain_s, RETRY_AFTER_S_MAX))), RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX
-    )
+def come_back_s(outlook: Outlook, *, waiting: int, wait_s_max: float) -> float:
+    """When one that waited `wait_s_max` in vain should come back: when as long a wait would get it its turn."""
+    expected_s = turn_s(outlook, waiting)
+    return retry_after_s(None if expected_s is None else expected_s - wait_s_max)

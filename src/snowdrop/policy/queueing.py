@@ -46,7 +46,7 @@ def priority_of(queue: QueueSpec, asked: int | None) -> int:
 
 
 class Standing(NamedTuple):
-    """What the order goes by. `pin` names what alone may serve it ("": anything); `first`: it had its turn before."""
+    """What the order goes by. `pin`: what alone may serve it ("": anything); `first`: it has had its turn."""
 
     came_s: float
     priority: int = 0

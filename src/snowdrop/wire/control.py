@@ -18,6 +18,7 @@ from snowdrop.domain.replica import ReplicaKey, ReplicaReport, ReplicaState
 from snowdrop.domain.service import QueueSpec
 from snowdrop.domain.usage import UsageRecord
 from snowdrop.wire.codec import Codec, Message
+from snowdrop.wire.waits import WaitRecord
 
 # --- agent -> control -------------------------------------------------------------------------------------
 
@@ -117,10 +118,14 @@ class GatewayHello(Message, frozen=True, kw_only=True):
 
 
 class LoadReport(Message, frozen=True, kw_only=True):
-    """Sent at once when a request finds no slot, and periodically while anything is in flight."""
+    """Sent at once when a request finds no slot, and periodically while anything is in flight.
+
+    `waits` ended since the last report, a bounded number of them; each is said once.
+    """
 
     gateway: str
     loads: tuple[DeploymentLoad, ...]
+    waits: tuple[WaitRecord, ...] = ()
 
 
 class ReplicaIdle(Message, frozen=True, kw_only=True):
@@ -196,7 +201,8 @@ class DeploymentRoute(msgspec.Struct, frozen=True, kw_only=True):
 
     `start_s` is how long a start takes by what was seen (the median of the latest), `start_high_s` what nine of
     ten stay below, `service_s` how long a request holds its slot; 0 if not known. `coming` are the replicas that
-    `starting` counts, the oldest first. Without `weights` all replicas are alike.
+    `starting` counts, the oldest first. Without `weights` all replicas are alike. With `own_readyz` the service has
+    an endpoint of the path /readyz.
     """
 
     tenant: TenantId
@@ -211,6 +217,7 @@ class DeploymentRoute(msgspec.Struct, frozen=True, kw_only=True):
     start_high_s: float = 0.0
     service_s: float = 0.0
     coming: tuple[StartingReplica, ...] = ()
+    own_readyz: bool = False
     refusal: ErrorBody | None = None
     weights: tuple[RevisionWeight, ...] = ()
     parked: Parked | None = None

@@ -37,6 +37,15 @@ class Acquire(Message, frozen=True, kw_only=True):
     attempt: int = 0
 
 
+class Look(Message, frozen=True, kw_only=True):
+    """Asks how a deployment stands, and with `activate` wakes it. Answered at once with Looked or Denied."""
+
+    ticket: int
+    key_sha256: str | None
+    deployment: DeploymentName
+    activate: bool = False
+
+
 class CancelWait(Message, frozen=True, kw_only=True):
     """The client is gone; if the slot was granted meanwhile it is given back."""
 
@@ -95,6 +104,29 @@ class WaitNews(Message, frozen=True, kw_only=True):
     every_s: float = 2.0
 
 
+class Looked(Message, frozen=True, kw_only=True):
+    """How a deployment stands. `expected_s`: how long a request that came now would wait; None if unknown.
+
+    `own_readyz`: the service answers at that path itself, which goes before. `woken`: somebody's activation is
+    under way. `error`: requests are refused, and why.
+    """
+
+    ticket: int
+    ready: int
+    starting: int
+    replicas_max: int
+    slots: int
+    in_flight: int
+    queued: int
+    phase: str
+    revision: RevisionId
+    expected_s: float | None = None
+    percent: int | None = None
+    woken: bool = False
+    own_readyz: bool = False
+    error: ErrorBody | None = None
+
+
 class Denied(Message, frozen=True, kw_only=True):
     """No slot, and why. `status` is the HTTP status of the error's kind."""
 
@@ -102,8 +134,8 @@ class Denied(Message, frozen=True, kw_only=True):
     error: ErrorBody
 
 
-FromWorker = WorkerHello | Acquire | CancelWait | ReleaseLease | ReportUnreachable | ReportServed
-ToWorker = Granted | Denied | WaitNews
+FromWorker = WorkerHello | Acquire | Look | CancelWait | ReleaseLease | ReportUnreachable | ReportServed
+ToWorker = Granted | Denied | WaitNews | Looked
 
 FROM_WORKER: Codec[FromWorker] = Codec(FromWorker)
 TO_WORKER: Codec[ToWorker] = Codec(ToWorker)

@@ -1,0 +1,342 @@
+"""What the queues hold: a deployment's replicas, its line and its counters; a lease; a waiting request."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import msgspec
+
+from snowdrop.domain.errors import ErrorBody
+from snowdrop.domain.ids import ReplicaId
+from snowdrop.domain.replica import ReplicaState
+from snowdrop.gateway.effects import DeploymentKey, Now, waited_too_long
+from snowdrop.policy.admission import come_back_s
+from snowdrop.policy.queueing import Line, Standing, priority_of, rules_of
+from snowdrop.policy.waiting import Outlook, percent, start_left_s, turn_s
+from snowdrop.wire.control import DeploymentLoad, DeploymentRoute, ReplicaRoute
+from snowdrop.wire.slots import Acquire, WaitNews
+
+DRAIN_RATE_HALF_LIFE_S = 5.0
+NEWS_EVERY_S = 1.0
+"""How often a worker hears of a request that wants to know; it counts down by itself in between."""
+PROMISES_MAX = 10_000
+"""Refused requests whose time to come back is remembered, so that not all are told the same."""
+
+TicketKey = tuple[str, int]
+
+# The phase of a receipt that a replica in this state is in.
+PHASE_OF = {
+    ReplicaState.PENDING: "activate",
+    ReplicaState.MOUNTING: "mount",
+    ReplicaState.STARTING: "start",
+    ReplicaState.LOADING: "startup",
+}
+_FURTHEST = tuple(reversed(PHASE_OF))
+
+
+class ReplicaSlots:
+    """A replica's slots. `accepting` is control's word, less what this gateway found out itself."""
+
+    __slots__ = ("idle_said", "leases", "penalty_until_s", "route")
+
+    def __init__(self, route: ReplicaRoute) -> None:
+        self.route = route
+        self.leases: set[int] = set()
+        self.idle_said = False
+        self.penalty_until_s = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.leases)
+
+    @property
+    def concurrency(self) -> int:
+        return self.route.concurrency
+
+    @property
+    def accepting(self) -> bool:
+        return self.route.accepting and not self.penalty_until_s
+
+
+class Lease(msgspec.Struct):
+    """A slot that is out: who has it (`worker`), for which of its requests, since when."""
+
+    worker: str
+    key: DeploymentKey
+    replica: ReplicaSlots
+    ticket: TicketKey
+    deployment: Deployment
+    granted_s: float
+
+
+class Waiting(msgspec.Struct):
+    """A request in the line. `reason`, `position` and `expected_s` are as they were when it began to wait."""
+
+    worker: str
+    request: Acquire
+    deadline_s: float
+    since_s: float
+    since_unix_ns: int
+    priority: int
+    reason: str
+    position: int
+    expected_s: float | None
+    news_due_s: float = 0.0
+
+    @property
+    def ticket(self) -> TicketKey:
+        return (self.worker, self.request.ticket)
+
+
+class Gauges(msgspec.Struct, frozen=True, kw_only=True):
+    """How a deployment stands at this instant."""
+
+    tenant: str
+    deployment: str
+    in_flight: int
+    queued: int
+    ready: int
+    starting: int
+
+
+class Deployment:
+    """One deployment's line, replicas and counters."""
+
+    def __init__(self, route: DeploymentRoute) -> None:
+        self.route = route
+        self.replicas: dict[ReplicaId, ReplicaSlots] = {}
+        self.line: Line[TicketKey, Waiting] = Line(rules_of(route.queue))
+        self.curious: dict[TicketKey, Waiting] = {}
+        self.arrived = 0
+        self.refused = 0
+        self.peak = 0
+        self.reported = 0
+        self.done = 0
+        self.slot_s = 0.0
+        self.granted_sum_s = 0.0
+        self.out = 0
+        self.drained_per_s = 0.0
+        self.drained_at_s = 0.0
+        self.woken_until_s = 0.0
+        self._promises: deque[float] = deque(maxlen=PROMISES_MAX)
+
+    @property
+    def in_flight(self) -> int:
+        return sum(replica.in_flight for replica in self.replicas.values())
+
+    @property
+    def accepting(self) -> int:
+        return sum(1 for replica in self.replicas.values() if replica.accepting)
+
+    @property
+    def slots(self) -> int:
+        return sum(replica.concurrency for replica in self.replicas.values() if replica.accepting)
+
+    @property
+    def queued(self) -> int:
+        """Those who wait; somebody who woke it and did not wait for it counts as one of them."""
+        return len(self.line) or (1 if self.woken_until_s else 0)
+
+    def note_peak(self) -> None:
+        self.peak = max(self.peak, self.in_flight + self.queued)
+
+    # --- the line -----------------------------------------------------------------------------------------
+
+    def join(self, worker: str, request: Acquire, deadline_s: float, now: Now) -> Waiting:
+        """Puts a request into the line."""
+        queue = self.route.queue
+        ahead = 0 if request.attempt else len(self.line)
+        waiting = Waiting(
+            worker=worker,
+            request=request,
+            deadline_s=deadline_s,
+            since_s=now.s,
+            since_unix_ns=now.unix_ns,
+            priority=priority_of(queue, request.priority),
+            reason=self.reason,
+            position=ahead,
+            expected_s=self.expected_s(now, ahead),
+        )
+        standing = Standing(
+            came_s=now.s,
+            priority=waiting.priority,
+            caller=caller_of(request, by_label=queue.fair_by == "caller"),
+            first=request.attempt > 0,
+        )
+        self.line.join(waiting.ticket, waiting, standing)
+        if request.progress and queue.progress_first_s is not None:
+            self.curious[waiting.ticket] = waiting
+        return waiting
+
+    def leave(self, ticket: TicketKey) -> Waiting | None:
+        self.curious.pop(ticket, None)
+        return self.line.leave(ticket)
+
+    def take(self) -> Waiting | None:
+        """Whoever has the turn leaves the line."""
+        waiting = self.line.take()
+        if waiting is not None:
+            self.curious.pop(waiting.ticket, None)
+        return waiting
+
+    def clear(self) -> list[Waiting]:
+        self.curious.clear()
+        self.woken_until_s = 0.0
+        return self.line.clear()
+
+    def wake(self, now_s: float) -> None:
+        """As a request that does not wait for its answer: it counts as waiting until a replica is ready."""
+        if not self.accepting:
+            self.woken_until_s = now_s + self.route.queue.wait_s_max
+        self.peak = max(self.peak, self.in_flight + self.queued, 1)
+
+    def end_waking(self, now_s: float) -> None:
+        if self.woken_until_s and (self.accepting or self.woken_until_s <= now_s):
+            self.woken_until_s = 0.0
+
+    # --- leases -------------------------------------------------------------------------------------------
+
+    def lent(self, now_s: float) -> None:
+        self.out += 1
+        self.granted_sum_s += now_s
+
+    def given_back(self, lease: Lease, now_s: float, *, done: bool) -> None:
+        """A slot is back. Only of a request that was carried out is anything learned."""
+        self.out -= 1
+        # Sums of many floats drift; with nothing out there is nothing to sum.
+        self.granted_sum_s = self.granted_sum_s - lease.granted_s if self.out else 0.0
+        if done:
+            self.done += 1
+            self.slot_s += max(0.0, now_s - lease.granted_s)
+
+    # --- forecasts ----------------------------------------------------------------------------------------
+
+    def drain_rate(self, now_s: float) -> float:
+        """Requests a second that got a slot lately; it fades while none does."""
+        half_lives = max(0.0, now_s - self.drained_at_s) / DRAIN_RATE_HALF_LIFE_S
+        return self.drained_per_s * math.exp2(-half_lives)
+
+    def note_drained(self, now_s: float) -> None:
+        """Exponentially forgetting rate of requests that left the queue for a slot."""
+        elapsed_s = max(now_s - self.drained_at_s, 1e-3)
+        keep = 0.5 ** (elapsed_s / DRAIN_RATE_HALF_LIFE_S)
+        self.drained_per_s = self.drained_per_s * keep + (1 - keep) / elapsed_s
+        self.drained_at_s = now_s
+
+    def outlook(self, now: Now) -> Outlook:
+        """What it can do now and soon, by what control and this gateway have learned."""
+        route = self.route
+        slots = self.slots
+        left = (self._start_left_s((now.unix_ns - one.ordered_unix_ns) / 1e9) for one in route.coming)
+        coming = sorted(left_s for left_s in left if left_s is not None)
+        if not slots and not route.coming and route.start_s:
+            coming = [route.start_s]  # control is about to order one
+        return Outlook(
+            slots=slots,
+            service_s=route.service_s or (self.slot_s / self.done if self.done else 0.0),
+            drained_per_s=self.drain_rate(now.s),
+            coming_s=tuple(coming),
+            coming_slots=max(1, route.concurrency),
+        )
+
+    def _start_left_s(self, elapsed_s: float) -> float | None:
+        return start_left_s(max(0.0, elapsed_s), start_s=self.route.start_s, start_high_s=self.route.start_high_s)
+
+    def expected_s(self, now: Now, ahead: int) -> float | None:
+        return turn_s(self.outlook(now), ahead)
+
+    @property
+    def phase(self) -> str:
+        """What those who wait, wait for: a slot (`queue`), or the replica that is furthest on its way."""
+        if self.accepting:
+            return "queue"
+        states = {one.state for one in self.route.coming}
+        return next((PHASE_OF[state] for state in _FURTHEST if state in states), "activate")
+
+    @property
+    def reason(self) -> str:
+        """Why a request finds no slot now, in words."""
+        ready, starting = self.accepting, self.route.starting
+        left_out = sum(1 for r in self.replicas.values() if r.route.accepting and r.penalty_until_s)
+        if ready:
+            text = f"all {self.slots} slots of {ready} ready replicas were taken"
+        elif starting:
+            text = f"no replica was ready, {starting} starting (phase {self.phase})"
+        else:
+            text = "no replica was ready or starting"
+        if left_out:
+            text += f", {left_out} left out because it could not be reached"
+        if ready and starting:
+            text += f", {starting} more starting"
+        return text
+
+    def news(self, waiting: Waiting, position: int, now: Now) -> WaitNews:
+        """What a waiting request is told, and when it is told again."""
+        queue = self.route.queue
+        waiting.news_due_s = now.s + NEWS_EVERY_S
+        expected_s = self.expected_s(now, position)
+        return WaitNews(
+            ticket=waiting.request.ticket,
+            phase=self.phase,
+            position=position,
+            percent=percent(now.s - waiting.since_s, expected_s),
+            expected_s=expected_s,
+            first_s=queue.progress_first_s,
+            every_s=queue.progress_every_s,
+        )
+
+    def too_late(self, waited: Waiting, now: Now) -> ErrorBody:
+        """The error of one that has waited as long as it may."""
+        bound_s = waited.deadline_s - waited.since_s
+        later_s = come_back_s(self.outlook(now), waiting=len(self.line), wait_s_max=bound_s)
+        asked_s = waited.request.wait_s_max
+        return waited_too_long(self.route, ready=self.accepting, asked_s=asked_s, retry_after_s=later_s).body()
+
+    def promised(self, now_s: float) -> int:
+        """Refused requests that were told a time which has not come yet."""
+        while self._promises and self._promises[0] <= now_s:
+            self._promises.popleft()
+        return len(self._promises)
+
+    def promise(self, at_s: float) -> None:
+        # In order: nobody who is refused later is told an earlier time, but for what was learned in between.
+        self._promises.append(max(at_s, self._promises[-1]) if self._promises else at_s)
+
+    # --- reports ------------------------------------------------------------------------------------------
+
+    def take_load(self, now_s: float) -> DeploymentLoad:
+        """What control is told; the peak begins anew."""
+        in_flight, queued = self.in_flight, self.queued
+        load = DeploymentLoad(
+            tenant=self.route.tenant,
+            deployment=self.route.deployment,
+            in_flight=in_flight,
+            queued=queued,
+            peak=max(self.peak, in_flight + queued),
+            arrived=self.arrived,
+            refused=self.refused,
+            busy={name: r.in_flight for name, r in self.replicas.items() if r.in_flight},
+            done=self.done,
+            slot_s=self.slot_s,
+            running_s=max(0.0, self.out * now_s - self.granted_sum_s),
+        )
+        self.peak = self.reported = in_flight + queued
+        return load
+
+    def gauges(self) -> Gauges:
+        return Gauges(
+            tenant=self.route.tenant,
+            deployment=self.route.deployment,
+            in_flight=self.in_flight,
+            queued=len(self.line),
+            ready=self.accepting,
+            starting=self.route.starting,
+        )
+
+
+def caller_of(request: Acquire, *, by_label: bool) -> str:
+    """Whom the line is fair to: a key, all who have none, a caller from inside; or what the label says."""
+    if request.tenant is not None or (by_label and request.label):
+        return f"label:{request.label}"
+    return f"key:{request.key_sha256 or ''}"
