@@ -201,8 +201,8 @@ class DeploymentRoute(msgspec.Struct, frozen=True, kw_only=True):
 
     `start_s` is how long a start takes by what was seen (the median of the latest), `start_high_s` what nine of
     ten stay below, `service_s` how long a request holds its slot; 0 if not known. `coming` are the replicas that
-    `starting` counts, the oldest first. Without `weights` all replicas are alike. With `own_readyz` the service has
-    an endpoint of the path /readyz.
+    `starting` counts, the oldest first. Without `weights` all replicas are alike. With `own_readyz` the service
+    has an endpoint of the path /readyz.
     """
 
     tenant: TenantId
