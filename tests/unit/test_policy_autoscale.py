@@ -80,7 +80,7 @@ def test_the_last_replica_stays_for_idle_s_and_then_goes_to_min() -> None:
     run.at(1, 0, peak=1, ready=1)  # it ended between the two looks
     for now_s in range(2, 31):
         assert run.at(float(now_s), 0, ready=1).desired == 1, now_s
-    assert idle_at_s(run.state, run.scale) == 31.0
+    assert idle_at_s(run.state, run.scale.idle_s) == 31.0
     after = run.at(31.0, 0, ready=1)
     assert after.desired == 0
     assert "idle" in after.reason
@@ -106,7 +106,7 @@ def test_a_busy_deployment_keeps_a_replica_whatever_its_average() -> None:
     run = Run(scale(target=1.0), concurrency=1_000)
     run.at(0, 0, ready=1)
     assert run.at(100, 1, ready=1).desired == 1
-    assert idle_at_s(run.state, run.scale) is None
+    assert idle_at_s(run.state, run.scale.idle_s) is None
 
 
 def test_idle_with_min_falls_to_min() -> None:
@@ -145,4 +145,4 @@ def test_buckets_stay_bounded_however_often_it_is_called() -> None:
     run = Run(scale(stable_window_s=3600.0, panic_window_s=0.1))
     for i in range(5_500):
         run.at(i * 0.7, 3, ready=1)
-    assert len(run.state.buckets) <= 4_000
+    assert len(run.state.windows.buckets) <= 4_000
