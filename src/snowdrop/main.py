@@ -138,6 +138,8 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
     try:
         recorder = Recorder()
         loop = ControlLoop(state, recorder, tick_s=settings.control.tick_s)
+        if settings.control.make_room:
+            loop.world.make_room_idle_s = settings.control.make_room_idle_s
         peers = Peers(loop, settle_s_max=settings.control.settle_s_max)
         registry = process_registry()
         metrics = ControlMetrics(registry, loop.world)

@@ -14,6 +14,10 @@ from snowdrop.domain.ref import Seen
 from snowdrop.domain.replica import ReplicaState
 from snowdrop.domain.service import Scale
 from snowdrop.domain.usage import UsageTotal
+from snowdrop.policy.autoscale import AutoscaleInput, AutoscaleState, judge, observe
+from snowdrop.policy.autoscale.learned import Learned
+from snowdrop.policy.autoscale.record import ScalingRecord
+from snowdrop.policy.idle import Gaps, note_gap
 from snowdrop.state.memory import MemoryState
 from snowdrop.state.port import KeyRecord, StateStore
 from snowdrop.state.sqlite import SqliteState
@@ -298,3 +302,50 @@ async def test_trim_drops_the_oldest_and_no_living_replica(state: StateStore) ->
     assert [each.id for each in kept] == ["rcp-4", "rcp-3"]
     left = await state.list_replicas(None, None, ended=True, limit=10)
     assert [each.key.replica for each in left] == ["rep-3", "rep-0"], "the oldest one still runs"
+
+
+def decision(
+    unix_ns: int, *, tenant: TenantId = DEFAULT_TENANT, load: int = 1, name: str = "embed"
+) -> ScalingRecord:
+    seen = AutoscaleInput(
+        in_flight=load, queued=0, peak=load, ready=1, starting=1, concurrency=2, scale=Scale(max=4), start_s=2.0
+    )
+    _state, signals = observe(AutoscaleState(), seen, 5.0)
+    return ScalingRecord(
+        tenant=tenant,
+        deployment=DeploymentName(name),
+        revision=RevisionId("rev-1"),
+        unix_ns=unix_ns,
+        signals=signals,
+        decision=judge(signals),
+    )
+
+
+class TestScaling:
+    async def test_decisions_come_back_newest_first_with_all_they_were_made_from(self, state: StateStore) -> None:
+        for unix_ns in (20, 10, 30):
+            await state.scaling.put_decision(decision(unix_ns, load=unix_ns))
+        await state.scaling.put_decision(decision(40, tenant=OTHER))
+        found = await state.scaling.list_decisions(DEFAULT_TENANT, NAME, since_unix_ns=20, limit=10)
+        assert found == [decision(30, load=30), decision(20, load=20)]
+        assert [judge(record.signals) for record in found] == [record.decision for record in found]
+        assert len(await state.scaling.list_decisions(DEFAULT_TENANT, NAME, since_unix_ns=0, limit=2)) == 2
+
+    async def test_the_history_of_one_deployment_does_not_push_out_anothers(self, state: StateStore) -> None:
+        for unix_ns in range(1, 8):
+            await state.scaling.put_decision(decision(unix_ns))
+        await state.scaling.put_decision(decision(1, name="quiet"))
+        await state.scaling.trim(decisions_max=3)
+        kept = await state.scaling.list_decisions(DEFAULT_TENANT, NAME, since_unix_ns=0, limit=10)
+        assert [record.unix_ns for record in kept] == [7, 6, 5]
+        assert await state.scaling.list_decisions(
+            DEFAULT_TENANT, DeploymentName("quiet"), since_unix_ns=0, limit=10
+        ) == [decision(1, name="quiet")]
+
+    async def test_what_was_learned_is_kept_by_deployment(self, state: StateStore) -> None:
+        assert await state.scaling.get_learned(DEFAULT_TENANT, NAME) is None
+        learned = Learned(starts_s=(1.0, 2.0), done=3.0, slot_s=0.6, gaps=note_gap(Gaps(), 12.0))
+        await state.scaling.put_learned(DEFAULT_TENANT, NAME, Learned())
+        await state.scaling.put_learned(DEFAULT_TENANT, NAME, learned)
+        assert await state.scaling.get_learned(DEFAULT_TENANT, NAME) == learned
+        assert await state.scaling.get_learned(OTHER, NAME) is None

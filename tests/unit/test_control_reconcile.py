@@ -154,7 +154,7 @@ async def crash_loop(bench: Bench) -> None:
         health = DeploymentHealth.CRASH_LOOPING if looping else DeploymentHealth.BACKING_OFF
         entry = bench.world.deployments[KEY]
         assert entry.health is health
-        assert next_look_s(entry, bench.now_s) is not None
+        assert next_look_s(entry, bench.now_s, bench.now_s) is not None
     bench.loop.publish(KEY)
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import anyio
 import msgspec
 
-from snowdrop.control import rollouts
+from snowdrop.control import rollouts, scaling
 from snowdrop.control.receipts import receipt_of
 from snowdrop.control.reconcile import iterate, next_look_s
 from snowdrop.control.recorder import Recorder
@@ -21,6 +21,7 @@ from snowdrop.domain.errors import ConflictError, ReplicaDiedError, SnowdropErro
 from snowdrop.domain.ids import NodeId, ReplicaId
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
 from snowdrop.policy import restart
+from snowdrop.policy.autoscale.learned import STARTS_KEPT
 from snowdrop.state.port import StateStore
 from snowdrop.wire.codec import Message
 from snowdrop.wire.control import DeploymentRoute, DrainReplica, LoadReport, RouteChanged
@@ -77,7 +78,9 @@ class ControlLoop:
             rival = await self.state.get_revision(deployment.tenant, deployment.name, deployment.rival)
         entry = self.world.deployments.get(key)
         if entry is None:
-            self.world.deployments[key] = DeploymentEntry(deployment, revision, rival=rival)
+            entry = DeploymentEntry(deployment, revision, rival=rival)
+            await self._restore_scaling(entry)
+            self.world.deployments.setdefault(key, entry)
         elif not rollouts.is_older(deployment, entry.deployment):
             rollouts.acted(entry, deployment, revision, rival)
         self.poke(key)
@@ -92,9 +95,14 @@ class ControlLoop:
         loads = self.world.gateways.get(report.gateway)
         if loads is None:
             return
+        first = not loads
         for load in report.loads:
             key = (load.tenant, load.deployment)
             before = loads.get(key)
+            deployment = self.world.deployments.get(key)
+            # What a gateway counted before this control heard of it says nothing of now.
+            if deployment is not None and not first:
+                scaling.heard(deployment, before, load)
             loads[key] = load
             if before is None or (before.in_flight, before.queued) != (load.in_flight, load.queued) or load.peak:
                 self.poke(key)
@@ -132,11 +140,14 @@ class ControlLoop:
                 entry.ready_s = now_s
                 deployment = self.world.deployments.get(entry.key)
                 if deployment is not None and entry.order is not None:
-                    deployment.start_s = now_s - entry.ordered_s
+                    scaling.became_ready(deployment, now_s - entry.ordered_s)
         self._record(report, ordered_unix_ns)
         if report.state in TERMINAL_STATES and entry is not None:
             self.world.remember_end(report)
             del self.world.replicas[report.key.replica]
+            for waiting, other in self.world.deployments.items():
+                if other.scaling.wants_room:
+                    self.poke(waiting)
             self._count_failure(entry, report, now_s)
         # Gateways hear of it before anything else is done: a caller may be waiting for this replica.
         key = (report.key.tenant, report.key.deployment)
@@ -178,6 +189,9 @@ class ControlLoop:
         orders = iterate(self.world, key, now_s=self._clock(), now_unix_ns=time.time_ns())
         for order in orders:
             self.send_agent(order.node, order.message)
+        self._record_decision(entry)
+        while self.world.disturbed:
+            self.poke(self.world.disturbed.pop())
         if entry.deployment.deleting and not any(True for _ in self.world.replicas_of(key)):
             # Fenced: if it was deployed anew meanwhile, the new deployment stays.
             generation = entry.deployment.generation
@@ -234,6 +248,7 @@ class ControlLoop:
         return (
             entry.deployment.deleting
             or replicas
+            or scaling.is_due(entry, time.time())
             or decision is None
             or decision.desired > 0
             or decision.stable_load > 0
@@ -241,7 +256,7 @@ class ControlLoop:
 
     def _wait_s(self) -> float:
         now_s = self._clock()
-        looks = [next_look_s(entry, now_s) for entry in self.world.deployments.values()]
+        looks = [next_look_s(entry, now_s, time.time()) for entry in self.world.deployments.values()]
         return min([self._tick_s, *(max(0.0, look - now_s) + 0.001 for look in looks if look is not None)])
 
     # --- inside -------------------------------------------------------------------------------------------
@@ -263,6 +278,26 @@ class ControlLoop:
             ready_s=self._clock() if report.state is ReplicaState.READY else None,
             draining="" if deployment else "its deployment is gone",
         )
+
+    def _record_decision(self, entry: DeploymentEntry) -> None:
+        made = scaling.record(entry, now_unix_ns=time.time_ns())
+        if made is None:
+            return
+        store, kept, learned = self.state.scaling, made, entry.scaling.learned
+
+        async def write() -> None:
+            await store.put_decision(kept)
+            await store.put_learned(kept.tenant, kept.deployment, learned)
+
+        self.recorder.add(f"decision on {made.tenant}/{made.deployment}", write)
+
+    async def _restore_scaling(self, entry: DeploymentEntry) -> None:
+        """What an earlier life of control learned: start-up times from receipts, the rest as it was kept."""
+        key = (entry.deployment.tenant, entry.deployment.name)
+        receipts = await self.state.list_receipts(*key, limit=STARTS_KEPT)
+        ended_well = [r for r in reversed(receipts) if r.outcome == "ready"]
+        starts_s = [(r.ready_unix_ns - r.started_unix_ns) / 1e9 for r in ended_well]
+        scaling.restore(entry, await self.state.scaling.get_learned(*key), starts_s)
 
     def _record(self, report: ReplicaReport, ordered_unix_ns: int) -> None:
         state = self.state

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import msgspec
 
-from snowdrop.control import rollouts
+from snowdrop.control import rollouts, room, scaling
 from snowdrop.control.world import DeploymentEntry, DeploymentKey, ReplicaEntry, World
 from snowdrop.domain.deployment import DeploymentHealth, Revision
 from snowdrop.domain.ids import NodeId, ReplicaId, fresh_id
-from snowdrop.domain.replica import STARTING_STATES, ReplicaKey, ReplicaState
-from snowdrop.policy import autoscale, placement, reconcile, restart
+from snowdrop.domain.replica import ReplicaKey, ReplicaState
+from snowdrop.policy import placement, reconcile, restart
 from snowdrop.wire.control import DrainReplica, StartReplica
 
 CLOCKS_NS = 500_000_000
@@ -31,7 +31,7 @@ def iterate(world: World, key: DeploymentKey, *, now_s: float, now_unix_ns: int)
     entry = world.deployments[key]
     replicas = list(world.replicas_of(key))
     starts_max = _judge_starts(entry, replicas, now_s, now_unix_ns)
-    decision = _autoscale(world, key, entry, replicas, now_s)
+    decision = scaling.judge(world, key, replicas, now_s=now_s, now_unix_ns=now_unix_ns)
     views = tuple(_view(world, name, replica) for name, replica in replicas)
     desired = 0 if entry.deployment.deleting else decision.desired
     desired, rival = rollouts.targets(world, key, desired, now_s=now_s, now_unix_ns=now_unix_ns)
@@ -49,7 +49,11 @@ def iterate(world: World, key: DeploymentKey, *, now_s: float, now_unix_ns: int)
     orders = _drains(world, entry)
     count = plan.starts if starts_max is None else min(plan.starts, starts_max)
     entry.placement_reason = ""
-    orders += _starts(world, key, entry.revision, count, now_s=now_s, now_unix_ns=now_unix_ns)
+    entry.scaling.wants_room = False
+    started = _starts(world, key, entry.revision, count, now_s=now_s, now_unix_ns=now_unix_ns)
+    if len(started) < count:
+        room.make(world, key, entry.revision, now_s=now_s)
+    orders += started
     entry.rival_no_room = False
     if entry.rival is not None:
         started = _starts(world, key, entry.rival, plan.rival_starts, now_s=now_s, now_unix_ns=now_unix_ns)
@@ -58,12 +62,10 @@ def iterate(world: World, key: DeploymentKey, *, now_s: float, now_unix_ns: int)
     return orders
 
 
-def next_look_s(entry: DeploymentEntry, now_s: float) -> float | None:
-    """When something will change without an event: idle over, back-off over. None if nothing will."""
-    times: list[float] = []
-    idle_at = autoscale.idle_at_s(entry.autoscale, entry.scale)
-    if idle_at is not None and idle_at > now_s:
-        times.append(idle_at)
+def next_look_s(entry: DeploymentEntry, now_s: float, now_unix_s: float) -> float | None:
+    """When something will change without an event: idle over, back-off over, a schedule. None if nothing will."""
+    look = scaling.next_look_s(entry, now_s, now_unix_s)
+    times: list[float] = [] if look is None else [look]
     verdict = restart.verdict(entry.starts, now_s)
     if isinstance(verdict, restart.BackOff):
         times.append(verdict.until_s)
@@ -98,29 +100,6 @@ def _judge_starts(
     entry.health = DeploymentHealth.OK
     entry.health_reason = ""
     return None
-
-
-def _autoscale(
-    world: World,
-    key: DeploymentKey,
-    entry: DeploymentEntry,
-    replicas: list[tuple[ReplicaId, ReplicaEntry]],
-    now_s: float,
-) -> autoscale.AutoscaleDecision:
-    in_flight, queued, peak = world.load(key)
-    world.clear_peaks(key)
-    living = [replica for _, replica in replicas if not replica.draining]
-    seen = autoscale.AutoscaleInput(
-        in_flight=in_flight,
-        queued=queued,
-        peak=peak,
-        ready=sum(1 for replica in living if replica.state is ReplicaState.READY),
-        starting=sum(1 for replica in living if replica.state in STARTING_STATES),
-        concurrency=entry.revision.spec.concurrency,
-        scale=entry.scale,
-    )
-    entry.autoscale, entry.decision = autoscale.decide(entry.autoscale, seen, now_s)
-    return entry.decision
 
 
 def _view(world: World, name: ReplicaId, replica: ReplicaEntry) -> reconcile.ReplicaView:

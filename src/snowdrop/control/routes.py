@@ -8,7 +8,7 @@ from snowdrop.domain.deployment import DeploymentHealth
 from snowdrop.domain.errors import ErrorBody, RevisionFailedError, UnavailableError
 from snowdrop.domain.ids import ReplicaId, receipt_id_of
 from snowdrop.domain.replica import STARTING_STATES, ReplicaState
-from snowdrop.wire.control import DeploymentRoute, Parked, ReplicaRoute
+from snowdrop.wire.control import DeploymentRoute, Parked, ReplicaRoute, StartingReplica
 
 KNOWN_STATES = frozenset({ReplicaState.READY, ReplicaState.DRAINING})
 
@@ -20,6 +20,9 @@ def deployment_route(world: World, key: DeploymentKey) -> DeploymentRoute | None
         return None
     replicas = list(world.replicas_of(key))
     serving = any(replica.state is ReplicaState.READY and not replica.draining for _, replica in replicas)
+    coming = [(n, r) for n, r in replicas if r.state in STARTING_STATES and not r.draining]
+    coming.sort(key=lambda each: each[1].age)
+    learned = entry.scaling.learned
     return DeploymentRoute(
         tenant=key[0],
         deployment=key[1],
@@ -27,14 +30,29 @@ def deployment_route(world: World, key: DeploymentKey) -> DeploymentRoute | None
         queue=entry.revision.spec.queue,
         concurrency=entry.revision.spec.concurrency,
         replicas=tuple(_route(name, replica) for name, replica in replicas if replica.state in KNOWN_STATES),
-        starting=sum(1 for _, replica in replicas if replica.state in STARTING_STATES and not replica.draining),
+        starting=len(coming),
         replicas_max=entry.scale.max,
-        start_s=entry.start_s,
+        start_s=learned.start_s,
+        start_high_s=learned.start_high_s,
+        service_s=_steady(learned.service_s()),
+        coming=tuple(_coming(name, replica) for name, replica in coming),
         own_readyz=any(endpoint.path == "/readyz" for endpoint in entry.revision.spec.endpoints),
         refusal=_refusal(entry, serving=serving),
         weights=rollouts.weights(world, key),
         parked=_parked(entry, serving=serving),
     )
+
+
+def _coming(name: ReplicaId, replica: ReplicaEntry) -> StartingReplica:
+    ordered = replica.order.ordered_unix_ns if replica.order is not None else 0
+    if not ordered and replica.report is not None:
+        ordered = replica.report.started_unix_ns
+    return StartingReplica(replica=name, revision=replica.revision, state=replica.state, ordered_unix_ns=ordered)
+
+
+def _steady(service_s: float) -> float:
+    """To one digit: gateways only estimate with it, and need not hear of each request."""
+    return float(f"{service_s:.1g}")
 
 
 def _route(name: ReplicaId, replica: ReplicaEntry) -> ReplicaRoute:

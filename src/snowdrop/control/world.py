@@ -14,10 +14,14 @@ from snowdrop.domain.deployment import Deployment, DeploymentHealth, NodeRecord,
 from snowdrop.domain.ids import DeploymentName, NodeId, ReplicaId, RevisionId, TenantId
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
 from snowdrop.domain.service import ResourceSpec, Scale
-from snowdrop.policy.autoscale import AutoscaleDecision, AutoscaleState
+from snowdrop.policy.autoscale import AutoscaleDecision, AutoscaleState, Signals
+from snowdrop.policy.autoscale.learned import Learned
+from snowdrop.policy.autoscale.record import ScalingRecord
+from snowdrop.policy.idle import IdleChoice
 from snowdrop.policy.placement import NodeView
 from snowdrop.policy.restart import StartHistory
 from snowdrop.policy.rollout import Sample
+from snowdrop.policy.schedule import Bounded
 from snowdrop.wire.control import DeploymentLoad, StartReplica
 
 DeploymentKey = tuple[TenantId, DeploymentName]
@@ -56,6 +60,23 @@ class RolloutWatch(msgspec.Struct):
     before: dict[str, Sample] = msgspec.field(default_factory=dict)
 
 
+class ScalingMemory(msgspec.Struct):
+    """What autoscaling keeps of a deployment beside the decider's own state (`control.scaling`).
+
+    `arrived` are the requests since the last look; `room` is how many replicas may stay after some made room.
+    """
+
+    learned: Learned = Learned()
+    arrived: int = 0
+    signals: Signals | None = None
+    recorded: ScalingRecord | None = None
+    idle: IdleChoice | None = None
+    bounded: Bounded | None = None
+    bounds_of: object = None
+    room: int | None = None
+    wants_room: bool = False
+
+
 class DeploymentEntry(msgspec.Struct):
     """A deployment with its current revision and the deciders' memory."""
 
@@ -67,17 +88,18 @@ class DeploymentEntry(msgspec.Struct):
     health: DeploymentHealth = DeploymentHealth.OK
     health_reason: str = ""
     placement_reason: str = ""
-    start_s: float = 0.0
     rival: Revision | None = None
     rival_starts: StartHistory = StartHistory()
     rival_no_room: bool = False
     watch: RolloutWatch = msgspec.field(default_factory=RolloutWatch)
     parked_until_unix_ns: int = 0
+    scaling: ScalingMemory = msgspec.field(default_factory=ScalingMemory)
 
     @property
     def scale(self) -> Scale:
         if self.deployment.deleting:
-            return msgspec.structs.replace(self.deployment.scale or self.revision.spec.scale, min=0, idle_s=0.0)
+            scale = self.deployment.scale or self.revision.spec.scale
+            return msgspec.structs.replace(scale, min=0, buffer=0, idle_s=0.0, idle="fixed", schedules=())
         return self.deployment.scale or self.revision.spec.scale
 
 
@@ -90,7 +112,11 @@ class NodeEntry(msgspec.Struct):
 
 
 class World:
-    """Plain data with the questions that loop and API ask of it."""
+    """Plain data with the questions that loop and API ask of it.
+
+    Replicas that have been idle for `make_room_idle_s` give way to a start that finds no room (None: they never
+    do); `disturbed` are deployments that lost some so and must be looked at.
+    """
 
     def __init__(self) -> None:
         self.deployments: dict[DeploymentKey, DeploymentEntry] = {}
@@ -98,6 +124,8 @@ class World:
         self.nodes: dict[NodeId, NodeEntry] = {}
         self.gateways: dict[str, dict[DeploymentKey, DeploymentLoad]] = {}
         self.ended: dict[ReplicaId, int] = {}
+        self.make_room_idle_s: float | None = None
+        self.disturbed: set[DeploymentKey] = set()
         self._ages = 0
 
     def next_age(self) -> int:

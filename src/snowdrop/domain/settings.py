@@ -39,12 +39,19 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The reconcile loop, and how many receipts and ended replicas the state keeps."""
+    """The reconcile loop; how many receipts, ended replicas, and scaling decisions of each deployment are kept.
+
+    With `make_room` a start that finds no room takes that of replicas of other deployments that have been without
+    a request for `make_room_idle_s`.
+    """
 
     tick_s: Period = 0.5
     settle_s_max: Bound = 3.0
     receipts_kept_max: Count = 10_000
     replicas_kept_max: Count = 10_000
+    decisions_kept_max: Count = 1_000
+    make_room: bool = True
+    make_room_idle_s: Bound = 1.0
 
 
 class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):

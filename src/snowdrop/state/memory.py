@@ -11,6 +11,7 @@ from snowdrop.domain.receipt import CallerTimes, Receipt
 from snowdrop.domain.ref import Seen
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport
 from snowdrop.domain.usage import UsageRecord, UsageTotal
+from snowdrop.state.memory_scaling import MemoryScaling
 from snowdrop.state.memory_tasks import MemoryTasks
 from snowdrop.state.port import KeyRecord
 
@@ -28,6 +29,7 @@ class MemoryState:
         self._usage: dict[tuple[NodeId, str, int], UsageRecord] = {}
         self._keys: dict[tuple[TenantId, str], KeyRecord] = {}
         self.tasks = MemoryTasks()
+        self.scaling = MemoryScaling()
 
     async def put_model(self, record: ModelRecord) -> None:
         key = (record.tenant, record.name)

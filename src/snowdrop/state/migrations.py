@@ -6,6 +6,7 @@ first column of every key.
 
 from __future__ import annotations
 
+from snowdrop.state.sqlite_scaling import SCALING_TABLES
 from snowdrop.state.sqlite_tasks import TASK_TABLES
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -56,4 +57,5 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (tenant, name)) WITHOUT ROWID""",
     ),
     TASK_TABLES,
+    SCALING_TABLES,
 )

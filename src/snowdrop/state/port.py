@@ -16,6 +16,7 @@ from snowdrop.domain.receipt import CallerTimes, Receipt
 from snowdrop.domain.ref import Seen
 from snowdrop.domain.replica import ReplicaReport
 from snowdrop.domain.usage import UsageRecord, UsageTotal
+from snowdrop.state.scaling import ScalingStore
 from snowdrop.state.tasks import TaskStore
 
 LIST_MAX = 10_000
@@ -36,6 +37,8 @@ class StateStore(Protocol):
 
     @property
     def tasks(self) -> TaskStore: ...
+    @property
+    def scaling(self) -> ScalingStore: ...
 
     async def put_model(self, record: ModelRecord) -> None:
         """Stores it and remembers its generation, for ever. ConflictError if a newer one was stored before,

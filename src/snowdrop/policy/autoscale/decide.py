@@ -75,8 +75,8 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
 
 class Signals(msgspec.Struct, frozen=True, kw_only=True):
     """All that a decision depends on. `idle_for_s` is None while there is load or if there never was any;
-    `hold` replicas are kept for `hold_left_s` after a burst or a panic; `previous` is what was last decided, before
-    bounds.
+    `hold` replicas are kept for `hold_left_s` after a burst or a panic; `previous` is what was last decided,
+    before bounds.
     """
 
     in_flight: int

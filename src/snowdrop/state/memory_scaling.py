@@ -1,0 +1,37 @@
+"""The fake of the scaling store, over dictionaries."""
+
+from __future__ import annotations
+
+from snowdrop.domain.ids import DeploymentName, TenantId
+from snowdrop.policy.autoscale.learned import Learned
+from snowdrop.policy.autoscale.record import ScalingRecord
+
+DeploymentKey = tuple[TenantId, DeploymentName]
+
+
+class MemoryScaling:
+    """Lives as long as the object."""
+
+    def __init__(self) -> None:
+        self._decisions: dict[DeploymentKey, dict[int, ScalingRecord]] = {}
+        self._learned: dict[DeploymentKey, Learned] = {}
+
+    async def put_decision(self, record: ScalingRecord) -> None:
+        self._decisions.setdefault((record.tenant, record.deployment), {})[record.unix_ns] = record
+
+    async def list_decisions(
+        self, tenant: TenantId, deployment: DeploymentName, *, since_unix_ns: int, limit: int
+    ) -> list[ScalingRecord]:
+        kept = self._decisions.get((tenant, deployment), {})
+        return [kept[moment] for moment in sorted(kept, reverse=True) if moment >= since_unix_ns][:limit]
+
+    async def put_learned(self, tenant: TenantId, deployment: DeploymentName, learned: Learned) -> None:
+        self._learned[tenant, deployment] = learned
+
+    async def get_learned(self, tenant: TenantId, deployment: DeploymentName) -> Learned | None:
+        return self._learned.get((tenant, deployment))
+
+    async def trim(self, *, decisions_max: int) -> None:
+        for kept in self._decisions.values():
+            for moment in sorted(kept, reverse=True)[decisions_max:]:
+                del kept[moment]

@@ -1,0 +1,64 @@
+"""What autoscaling decided and learned, in the SQLite file of the state, on its one connection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from snowdrop.domain.ids import DeploymentName, TenantId
+from snowdrop.policy.autoscale.learned import Learned
+from snowdrop.policy.autoscale.record import ScalingRecord
+from snowdrop.state.sqlite_tasks import Transact
+
+_encode = msgspec.json.Encoder().encode
+
+SCALING_TABLES: tuple[str, ...] = (
+    """CREATE TABLE scaling_decision (
+        tenant TEXT NOT NULL, deployment TEXT NOT NULL, unix_ns INTEGER NOT NULL, body BLOB NOT NULL,
+        PRIMARY KEY (tenant, deployment, unix_ns)) WITHOUT ROWID""",
+    """CREATE TABLE scaling_learned (
+        tenant TEXT NOT NULL, deployment TEXT NOT NULL, body BLOB NOT NULL,
+        PRIMARY KEY (tenant, deployment)) WITHOUT ROWID""",
+)
+
+
+class SqliteScaling:
+    """The port over the connection of the state."""
+
+    def __init__(self, transact: Transact) -> None:
+        self._transact = transact
+
+    async def put_decision(self, record: ScalingRecord) -> None:
+        row = (record.tenant, record.deployment, record.unix_ns, _encode(record))
+        await self._write("INSERT OR REPLACE INTO scaling_decision VALUES (?,?,?,?)", row)
+
+    async def list_decisions(
+        self, tenant: TenantId, deployment: DeploymentName, *, since_unix_ns: int, limit: int
+    ) -> list[ScalingRecord]:
+        sql = """SELECT body FROM scaling_decision WHERE tenant=? AND deployment=? AND unix_ns>=?
+                 ORDER BY unix_ns DESC LIMIT ?"""
+        rows = await self._transact(
+            lambda db: db.execute(sql, (tenant, deployment, since_unix_ns, limit)).fetchall()
+        )
+        return [msgspec.json.decode(body, type=ScalingRecord) for (body,) in rows]
+
+    async def put_learned(self, tenant: TenantId, deployment: DeploymentName, learned: Learned) -> None:
+        row = (tenant, deployment, _encode(learned))
+        await self._write("INSERT OR REPLACE INTO scaling_learned VALUES (?,?,?)", row)
+
+    async def get_learned(self, tenant: TenantId, deployment: DeploymentName) -> Learned | None:
+        sql = "SELECT body FROM scaling_learned WHERE tenant=? AND deployment=?"
+        row = await self._transact(lambda db: db.execute(sql, (tenant, deployment)).fetchone())
+        return None if row is None else msgspec.json.decode(row[0], type=Learned)
+
+    async def trim(self, *, decisions_max: int) -> None:
+        sql = """DELETE FROM scaling_decision WHERE (tenant, deployment, unix_ns) IN (
+                   SELECT tenant, deployment, unix_ns FROM (
+                     SELECT tenant, deployment, unix_ns, row_number() OVER (
+                       PARTITION BY tenant, deployment ORDER BY unix_ns DESC) AS place
+                     FROM scaling_decision) WHERE place > ?)"""
+        await self._write(sql, (decisions_max,))
+
+    async def _write(self, sql: str, values: tuple[Any, ...]) -> None:
+        await self._transact(lambda db: db.execute(sql, values).rowcount)
