@@ -11,7 +11,7 @@ from snowdrop.control import rollouts, room, scaling
 from snowdrop.control.world import DeploymentEntry, DeploymentKey, ReplicaEntry, World
 from snowdrop.domain.deployment import DeploymentHealth, Revision
 from snowdrop.domain.ids import NodeId, ReplicaId, fresh_id
-from snowdrop.domain.replica import ReplicaKey, ReplicaState
+from snowdrop.domain.replica import STARTING_STATES, ReplicaKey, ReplicaState
 from snowdrop.policy import placement, reconcile, restart
 from snowdrop.wire.control import DrainReplica, StartReplica
 

@@ -156,7 +156,7 @@ def observe(state: AutoscaleState, seen: AutoscaleInput, now_s: float) -> tuple[
     windows = sample(
         windows,
         level=float(seen.in_flight),
-        peak=float(min(peak, slots)),
+        peak=float(min(peak, slots)) if peak > load else 0.0,
         arrived=seen.arrived,
         now_s=now_s,
         scale=scale,

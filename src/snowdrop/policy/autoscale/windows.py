@@ -35,7 +35,7 @@ class Windows(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sample(windows: Windows, *, level: float, peak: float, arrived: int, now_s: float, scale: Scale) -> Windows:
-    """Adds the stretch since the last look, at the load that held through it; `peak` is the highest of it."""
+    """Adds the stretch since the last look, at the load that held through it; `peak` if it was higher within it."""
     if windows.sampled_s is None:
         made = Windows(first_s=now_s, sampled_s=now_s, level=level, found=windows.found)
         return made if arrived == 0 else _note_arrivals(made, arrived, now_s, scale)
@@ -43,7 +43,7 @@ def sample(windows: Windows, *, level: float, peak: float, arrived: int, now_s: 
     buckets = list(windows.buckets)
     start = max(windows.sampled_s, now_s - scale.stable_window_s)
     # The load during the stretch lies between its start and its peak; a burst inside it must not be averaged away.
-    held = max(windows.level, peak) if peak > level else windows.level
+    held = max(windows.level, peak)
     while start < now_s:
         index = math.floor(start / width)
         end = min(now_s, (index + 1) * width)
