@@ -35,7 +35,7 @@ class Windows(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sample(windows: Windows, *, level: float, peak: float, arrived: int, now_s: float, scale: Scale) -> Windows:
-    """Adds the stretch since the last look, at the load that held through it; `peak` if it was higher within it."""
+    """Adds the stretch since the last look, at the load that held through it, or its `peak` if that was higher."""
     if windows.sampled_s is None:
         made = Windows(first_s=now_s, sampled_s=now_s, level=level, found=windows.found)
         return made if arrived == 0 else _note_arrivals(made, arrived, now_s, scale)
