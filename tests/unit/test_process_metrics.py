@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from platform_helpers import KEY, NODE, deployment, node_record, replica_key, report, revision
 from snowdrop.agent.dataplane.client import DataPlane
 from snowdrop.agent.metrics import add_metrics_route
+from snowdrop.agent.replica_counts import BatchCounts, ReplicaSaid, ReplicaSums
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.metrics import ControlMetrics, UsageMetrics
 from snowdrop.control.recorder import Recorder
@@ -22,7 +23,7 @@ from snowdrop.control.world import NodeEntry
 from snowdrop.domain.errors import PlatformDownError
 from snowdrop.domain.ids import ReceiptId, ReplicaId, RevisionId
 from snowdrop.domain.receipt import CallerTimes, ContentBytes, Span
-from snowdrop.domain.replica import ReplicaReport, ReplicaState, Transition
+from snowdrop.domain.replica import ReplicaKey, ReplicaReport, ReplicaState, Transition
 from snowdrop.domain.service import Scale
 from snowdrop.domain.usage import UsageRecord
 from snowdrop.state.memory import MemoryState
@@ -206,6 +207,33 @@ async def test_a_node_shows_its_store_and_what_its_replicas_count(tmp_path: Path
     assert shown["snowdrop_store_chunks_quarantined_total", "node-0"] == 2
     assert shown["snowdrop_replica_in_flight", KEY[1], KEY[0]] == 2
     assert shown["process_open_fds",] > 0
+
+
+def test_sums_over_replicas_never_fall_when_one_ends_or_says_nothing() -> None:
+    sums = ReplicaSums()
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(sums)  # type: ignore[arg-type] -- it has what the registry asks for
+
+    def said(replica: str, batches: int, items: int) -> tuple[ReplicaKey, ReplicaSaid]:
+        counts = BatchCounts(batches=batches, items=items, sizes={"2": batches}, busy_s=batches / 2)
+        return replica_key(replica), ReplicaSaid(in_flight=1, batches={"/embed": counts})
+
+    def shown() -> tuple[float, float, float]:
+        now = samples(exposition(registry))
+        at = (KEY[1], "/embed", KEY[0])
+        return (
+            now["snowdrop_batch_size_count", *at],
+            now["snowdrop_batch_size_sum", *at],
+            now["snowdrop_batch_size_bucket", KEY[1], "/embed", "2", KEY[0]],
+        )
+
+    sums.replace([said("rep-1", 10, 20), said("rep-2", 1, 2)], {"rep-1", "rep-2"})
+    assert shown() == (11, 22, 11)
+    sums.replace([said("rep-2", 2, 4)], {"rep-1", "rep-2"})  # rep-1 was too busy to answer
+    sums.replace([said("rep-1", 12, 24), said("rep-2", 2, 4)], {"rep-1", "rep-2"})
+    assert shown() == (14, 28, 14)
+    sums.replace([said("rep-3", 5, 5)], {"rep-3"})
+    assert shown() == (19, 33, 19)
 
 
 async def test_a_data_plane_that_is_away_leaves_its_figures_out(tmp_path: Path) -> None:

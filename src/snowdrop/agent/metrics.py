@@ -14,22 +14,15 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from snowdrop.agent.dataplane.client import DataPlane
+from snowdrop.agent.replica_counts import ReplicaSaid, ReplicaSums
 from snowdrop.domain.errors import SnowdropError
-from snowdrop.domain.replica import ReplicaReport, ReplicaState
+from snowdrop.domain.replica import ReplicaKey, ReplicaReport, ReplicaState
 from snowdrop.telemetry.metrics import metrics_route, process_registry
 from snowdrop.wire.upkeep import AskStats, NodeStats, StatsTold
 
 ASK_S_MAX = 1.0
 ASKED_AT_ONCE_MAX = 32
 OF_NODE = ("node",)
-
-
-class ReplicaCounts(msgspec.Struct, frozen=True):
-    """What a replica of a service class says at `/-/stats`; others say nothing."""
-
-    in_flight: int = 0
-    waiting: int = 0
-    served: int = 0
 
 
 class NodeMetrics(Collector):
@@ -46,20 +39,21 @@ class NodeMetrics(Collector):
         self._plane = plane
         self._reports = reports
         self._stats: NodeStats | None = None
-        self._counts: dict[tuple[str, str], ReplicaCounts] = {}
+        self._sums = ReplicaSums()
         registry.register(self)
 
     async def look(self) -> None:
         """Asks the data plane and the replicas, each for a bounded time; who does not answer is left out."""
         self._stats = None
-        counts: dict[tuple[str, str], ReplicaCounts] = {}
+        said: list[tuple[ReplicaKey, ReplicaSaid]] = []
+        reports = self._reports()
         limiter = anyio.CapacityLimiter(ASKED_AT_ONCE_MAX)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._ask_plane)
-            for report in self._reports():
+            for report in reports:
                 if report.state is ReplicaState.READY:
-                    tasks.start_soon(_ask_replica, report, counts, limiter)
-        self._counts = counts
+                    tasks.start_soon(_ask_replica, report, said, limiter)
+        self._sums.replace(said, {report.key.replica for report in reports if not report.ended_unix_ns})
 
     async def _ask_plane(self) -> None:
         with anyio.move_on_after(ASK_S_MAX):
@@ -75,7 +69,7 @@ class NodeMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         if self._stats is not None:
             yield from _store(self._node, self._stats)
-        yield from _replicas(self._counts)
+        yield from self._sums.collect()
 
 
 def add_metrics_route(
@@ -118,26 +112,10 @@ def _store(node: str, stats: NodeStats) -> Iterator[Metric]:
         yield counter
 
 
-def _replicas(counts: dict[tuple[str, str], ReplicaCounts]) -> Iterator[Metric]:
-    labels = ("tenant", "deployment")
-    working = GaugeMetricFamily(
-        "snowdrop_replica_in_flight", "Requests that user code works on, over a node's replicas.", labels=labels
-    )
-    waiting = GaugeMetricFamily(
-        "snowdrop_replica_waiting", "Requests inside of replicas that wait for their turn.", labels=labels
-    )
-    for key, found in counts.items():
-        working.add_metric(key, found.in_flight)
-        waiting.add_metric(key, found.waiting)
-    yield working
-    yield waiting
-
-
 async def _ask_replica(
-    report: ReplicaReport, counts: dict[tuple[str, str], ReplicaCounts], limiter: anyio.CapacityLimiter
+    report: ReplicaReport, said: list[tuple[ReplicaKey, ReplicaSaid]], limiter: anyio.CapacityLimiter
 ) -> None:
-    """Adds what one replica says to its deployment's sums."""
-    key = (report.key.tenant, report.key.deployment)
+    """Adds what one replica says of itself."""
     timeout = aiohttp.ClientTimeout(total=ASK_S_MAX)
     try:
         async with (
@@ -145,10 +123,7 @@ async def _ask_replica(
             aiohttp.ClientSession(connector=aiohttp.UnixConnector(report.socket_path), timeout=timeout) as session,
             session.get("http://replica/-/stats") as answer,
         ):
-            said = msgspec.json.decode(await answer.read(), type=ReplicaCounts)
+            stats = msgspec.json.decode(await answer.read(), type=ReplicaSaid)
     except (aiohttp.ClientError, TimeoutError, OSError, msgspec.DecodeError):
         return  # a command or an ASGI app has no such page, a busy replica no time for it
-    before = counts.get(key, ReplicaCounts())
-    counts[key] = ReplicaCounts(
-        before.in_flight + said.in_flight, before.waiting + said.waiting, before.served + said.served
-    )
+    said.append((report.key, stats))
