@@ -41,12 +41,16 @@ def main() -> int:
     parser.add_argument("process", choices=["supervise", "control", "agent", "gateway", "gateway-worker"])
     parser.add_argument("--state", required=True)
     parser.add_argument("--ready-fd", type=int, required=True)
-    parser.add_argument("--listen-fd", type=int, default=-1)
+    parser.add_argument(
+        "--listen-fd", type=_descriptors, default=(), dest="listen_fds", help="one, or several: 5,6"
+    )
     parser.add_argument("--lock-fd", type=int, default=-1)
     parser.add_argument("--worker", default="worker-0")
     arguments = parser.parse_args()
     # A terminal's Ctrl-C is for `up` or the supervisor, which stop the others in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if arguments.process.startswith("gateway"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it means: reload; until somebody listens, nothing
     if arguments.process != "supervise":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     os.set_inheritable(arguments.ready_fd, False)
@@ -68,6 +72,10 @@ def main() -> int:
     for line in failed:
         print(f"{arguments.process}: {line}", file=sys.stderr, flush=True)
     return 1 if failed else 0
+
+
+def _descriptors(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
 def _leaves(error: BaseException) -> list[BaseException]:
@@ -98,11 +106,11 @@ async def _supervise(layout: StateLayout, settings: Settings, arguments: argpars
 
     def command(name: str, ready_fd: int) -> list[str]:
         base = [sys.executable, "-m", "snowdrop.main", name, "--state", str(layout.root)]
-        return [*base, "--ready-fd", str(ready_fd), "--listen-fd", str(arguments.listen_fd)]
+        return [*base, "--ready-fd", str(ready_fd), "--listen-fd", str(arguments.listen_fds[0])]
 
     os.set_inheritable(arguments.lock_fd, False)  # held to the end of this process, by nobody else
     layout.platform.unlink(missing_ok=True)  # of a platform that was killed
-    with socket.socket(fileno=arguments.listen_fd) as listener:
+    with socket.socket(fileno=arguments.listen_fds[0]) as listener:
         supervisor = Supervisor(layout, settings, listener, command)
         await supervisor.run(lambda: _say_ready(arguments))
 
@@ -122,12 +130,12 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
     from snowdrop.wire.api import Info
     from snowdrop.wire.http import serving_unix
 
-    with socket.socket(fileno=arguments.listen_fd) as listener:
+    with socket.socket(fileno=arguments.listen_fds[0]) as listener:
         host, port = listener.getsockname()[:2]
     info = Info(
         version=__version__,
         state=str(layout.root),
-        gateway_url=f"http://{host}:{port}",
+        gateway_url=settings.gateway.url(host, port),
         origin_url=settings.content.origin_url,
         origin=settings.content.origin_options(),
         sandbox="",
@@ -175,79 +183,28 @@ async def _agent(layout: StateLayout, settings: Settings, arguments: argparse.Na
 
 
 async def _gateway(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
-    from snowdrop.gateway.app import build_app, serving, spare_collector
-    from snowdrop.gateway.assembly import carrying
-    from snowdrop.gateway.broker import LocalBroker
-    from snowdrop.gateway.link import ControlLink
-    from snowdrop.gateway.owner import Owner
-    from snowdrop.gateway.queue import QueueCore
-    from snowdrop.gateway.relay import Relay
-    from snowdrop.gateway.upstream.pool import Upstreams
-    from snowdrop.gateway.workers import keep_workers
+    from snowdrop.gateway.assembly import run_gateway
 
-    gateway = settings.gateway
-    core = QueueCore(keys_required=gateway.keys_required)
-    owner = Owner(core, f"gateway-{os.getpid()}")
-    link = ControlLink(str(layout.link_socket), f"gateway-{os.getpid()}", owner)
-    async with anyio.create_task_group() as background:
-        background.start_soon(link.run)
-
-        async def run_owner() -> None:
-            await owner.run(load_report_s=gateway.load_report_s)
-
-        background.start_soon(run_owner)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_until_stopped, tasks.cancel_scope)
-            if gateway.workers > 1:
-                listener = await _listen_unix(layout.owner_socket)
-                background.start_soon(owner.serve_workers, listener)
-                await tasks.start(keep_workers, layout.root, gateway, arguments.listen_fd)
-                _say_ready(arguments)
-                await anyio.sleep_forever()
-            upstreams = Upstreams()
-            tasks.start_soon(upstreams.run)
-            broker = LocalBroker(owner, "worker-0")
-            with (
-                carrying(broker, upstreams, settings) as carrier,
-                socket.socket(fileno=arguments.listen_fd) as listening,
-            ):
-                relay = Relay(carrier, request_bytes_max=gateway.request_bytes_max)
-                app = build_app(relay, ready=lambda: core.connected)
-                spare_collector()
-                async with serving(app, listening, shutdown_s_max=gateway.shutdown_s_max):
-                    _say_ready(arguments)
-                    await anyio.sleep_forever()
-        background.cancel_scope.cancel()
+    await run_gateway(
+        layout,
+        settings,
+        listen_fd=arguments.listen_fds[0],
+        ready=lambda: _say_ready(arguments),
+        until_stopped=_until_stopped,
+    )
 
 
 async def _gateway_worker(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
-    from snowdrop.gateway.app import build_app, serving, spare_collector
-    from snowdrop.gateway.assembly import carrying
-    from snowdrop.gateway.broker import RemoteBroker
-    from snowdrop.gateway.relay import Relay
-    from snowdrop.gateway.upstream.pool import Upstreams
+    from snowdrop.gateway.assembly import run_worker
 
-    gateway = settings.gateway
-    broker = RemoteBroker(arguments.worker)
-    upstreams = Upstreams()
-    async with anyio.create_task_group() as background:
-        stream = await anyio.connect_unix(layout.owner_socket)
-        await background.start(broker.run, stream)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_until_stopped, tasks.cancel_scope)
-            tasks.start_soon(upstreams.run)
-            tasks.start_soon(broker.cancel_when_gone, tasks.cancel_scope)
-            with (
-                carrying(broker, upstreams, settings) as carrier,
-                socket.socket(fileno=arguments.listen_fd) as listening,
-            ):
-                relay = Relay(carrier, request_bytes_max=gateway.request_bytes_max)
-                app = build_app(relay, ready=lambda: broker.connected)
-                spare_collector()
-                async with serving(app, listening, shutdown_s_max=gateway.shutdown_s_max):
-                    _say_ready(arguments)
-                    await anyio.sleep_forever()
-        background.cancel_scope.cancel()
+    await run_worker(
+        layout,
+        settings,
+        name=arguments.worker,
+        listen_fds=arguments.listen_fds,
+        ready=lambda: _say_ready(arguments),
+        until_stopped=_until_stopped,
+    )
 
 
 if __name__ == "__main__":

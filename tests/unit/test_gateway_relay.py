@@ -18,10 +18,11 @@ from platform_helpers import replica_route
 from snowdrop.domain.errors import QueueFullError
 from snowdrop.domain.ids import ReceiptId, ReplicaId
 from snowdrop.domain.receipt import CallerTimes, Span
-from snowdrop.gateway.app import build_app, serving
+from snowdrop.gateway.app import build_app
 from snowdrop.gateway.broker import TakeNews
 from snowdrop.gateway.call import Call
 from snowdrop.gateway.carrier import Carrier
+from snowdrop.gateway.edge.server import serving
 from snowdrop.gateway.relay import Relay
 from snowdrop.gateway.upstream.pool import Upstreams
 from snowdrop.tenancy.keys import key_sha256

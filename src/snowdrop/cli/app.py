@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from snowdrop import __version__
-from snowdrop.cli import deployments, dev, keys, models, mounts, platform, receipts, rollouts, store
+from snowdrop.cli import deployments, dev, gateway, keys, models, mounts, platform, receipts, rollouts, store
 from snowdrop.cli.output import Globals
 
 app = typer.Typer(
@@ -61,6 +61,7 @@ app.command()(rollouts.revisions)
 app.add_typer(receipts.app, name="receipts")
 app.command()(receipts.usage)
 app.add_typer(keys.app, name="key")
+app.add_typer(gateway.app, name="gateway")
 app.command()(dev.dev)
 
 

@@ -108,6 +108,16 @@ class StateLayout(msgspec.Struct, frozen=True):
         return self.run / "owner.sock"
 
     @property
+    def metrics_socket(self) -> Path:
+        """Where the gateway serves the whole platform's metrics."""
+        return self.run / "metrics.sock"
+
+    @property
+    def edge_socket(self) -> Path:
+        """Where the gateway's workers take requests from the HTTP/2 listener."""
+        return self.run / "edge.sock"
+
+    @property
     def settings(self) -> Path:
         """The settings that the running platform was started with."""
         return self.run / "settings.json"

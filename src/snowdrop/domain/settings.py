@@ -27,7 +27,11 @@ Uid = Annotated[int, msgspec.Meta(ge=1_000, le=2_000_000_000)]
 
 
 class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The HTTP edge. `workers` is how many processes relay; one of them owns the queues."""
+    """The HTTP edge. `workers` is how many processes relay; one of them owns the queues.
+
+    With a certificate the port speaks TLS. HTTP/2 has a port of its own: with TLS, or without a certificate in the
+    clear and with prior knowledge. After a reload old workers get `reload_s_max` to end what they have begun.
+    """
 
     host: str = "127.0.0.1"
     port: Port = 8642
@@ -36,6 +40,18 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     request_bytes_max: SomeBytes = 1 << 30
     load_report_s: Period = 0.25
     shutdown_s_max: Bound = 30.0
+    reload_s_max: Bound = 3_600.0
+    websocket_idle_s_max: Bound = 3_600.0
+    tls_certificate_file: str = ""
+    tls_key_file: str = ""
+    tls_version_min: Literal["1.2", "1.3"] = "1.2"
+    http2: bool = False
+    http2_port: Port = 8643
+
+    def url(self, host: str, port: int) -> str:
+        """The gateway's address, as it is told to people."""
+        shown = f"[{host}]" if ":" in host else host
+        return f"{'https' if self.tls_certificate_file else 'http'}://{shown}:{port}"
 
 
 class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +131,13 @@ class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
     requests: Literal["none", "errors", "all"] = "errors"
 
 
+class MetricsSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Prometheus metrics over TCP; without a host they are on a unix socket in the state folder only."""
+
+    host: str = ""
+    port: Port = 9642
+
+
 class TracingSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Traces by OTLP over HTTP to a collector's base address; empty is off.
 
@@ -135,3 +158,4 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     content: ContentSettings = ContentSettings()
     logs: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()
+    metrics: MetricsSettings = MetricsSettings()

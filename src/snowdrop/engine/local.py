@@ -98,7 +98,7 @@ class Supervisor:
         self._started_unix_ns = time.time_ns()
         self._stopping = False
         host, port = listener.getsockname()[:2]
-        self.gateway_url = f"http://{host}:{port}"
+        self.gateway_url = settings.gateway.url(host, port)
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Starts everything, calls `ready`, keeps it running until SIGTERM or SIGINT, stops it in order."""

@@ -1,17 +1,79 @@
-"""Wires a gateway process from settings."""
+"""Wires the gateway's processes: the owner (with a worker of its own, or several beside it), a relaying worker."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from snowdrop.domain.settings import Settings
-from snowdrop.gateway.broker import Broker
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import msgspec
+from aiohttp import web
+
+from snowdrop.domain.errors import SnowdropError
+from snowdrop.domain.layout import StateLayout
+from snowdrop.domain.settings import GatewaySettings, Settings
+from snowdrop.gateway.app import build_app
+from snowdrop.gateway.broker import Broker, LocalBroker, RemoteBroker
 from snowdrop.gateway.carrier import Carrier
+from snowdrop.gateway.edge.metrics import MetricsApp, Peer, serving_metrics
+from snowdrop.gateway.edge.server import EdgeServer, Listening, spare_collector
+from snowdrop.gateway.edge.tls import Certificate, open_certificate
 from snowdrop.gateway.finished import observer_of, reported_to
+from snowdrop.gateway.link import ControlLink
+from snowdrop.gateway.owner import Owner
+from snowdrop.gateway.queue import QueueCore
+from snowdrop.gateway.relay import Relay
 from snowdrop.gateway.upstream.pool import Upstreams
+from snowdrop.gateway.workers import STOP_MARGIN_S, Keeper, Kept
+from snowdrop.telemetry.metrics import process_registry
 from snowdrop.telemetry.observing import Listener
+from snowdrop.telemetry.requests import RequestCounts
 from snowdrop.telemetry.tracing import open_tracing
+
+COUNTS_S = 1.0
+"""How often a worker hands its counts to the owner: the most that its death can lose."""
+FIXED = (
+    *("host", "port", "workers", "keys_required", "load_report_s", "http2", "http2_port"),
+    *("tls_certificate_file", "tls_key_file", "tls_version_min"),
+)
+"""Settings that a reload leaves as they were at the start."""
+log = logging.getLogger("snowdrop.gateway")
+UntilStopped = Callable[[anyio.CancelScope], Coroutine[Any, Any, None]]
+
+
+class _Edge(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a gateway process listens, and what a reload reads again."""
+
+    layout: StateLayout
+    gateway: GatewaySettings
+    listening: list[Listening]
+    certificate: Certificate | None
+    ready: Callable[[], None]
+
+    def server(self, app: web.Application, gateway: GatewaySettings) -> EdgeServer:
+        return EdgeServer(app, self.listening, shutdown_s_max=gateway.shutdown_s_max)
+
+
+class _Worker:
+    """What relays in one process: its app can be made anew, over the same connections and the same broker."""
+
+    def __init__(self, carrier: Carrier, *, ready: Callable[[], bool]) -> None:
+        self._carrier = carrier
+        self._ready = ready
+
+    def app(self, gateway: GatewaySettings) -> tuple[Relay, web.Application]:
+        relay = Relay(self._carrier, request_bytes_max=gateway.request_bytes_max)
+        return relay, build_app(relay, ready=self._ready)
 
 
 @contextmanager
@@ -26,3 +88,203 @@ def carrying(broker: Broker, upstreams: Upstreams, settings: Settings, *listener
         )
     finally:
         tracing.close()  # blocks within its bound: by now nothing else is going on
+
+
+async def run_gateway(
+    layout: StateLayout,
+    settings: Settings,
+    *,
+    listen_fd: int,
+    ready: Callable[[], None],
+    until_stopped: UntilStopped,
+) -> None:
+    """The owner of the queues. With one worker it relays itself, with more it keeps them."""
+    gateway = settings.gateway
+    name = f"gateway-{os.getpid()}"
+    core = QueueCore(keys_required=gateway.keys_required)
+    owner = Owner(core, name)
+    link = ControlLink(str(layout.link_socket), name, owner)
+    registry = process_registry()
+    registry.register(owner.counts)
+    peers = [
+        Peer(process="control", socket_path=layout.control_socket),
+        Peer(process="agent", socket_path=layout.agent_socket),
+    ]
+    certificate = open_certificate(gateway)
+    with ExitStack() as sockets:
+        listening = [
+            Listening(
+                socket=sockets.enter_context(socket.socket(fileno=listen_fd)),
+                tls=certificate.context if certificate is not None else None,
+            )
+        ]
+        edge = _Edge(layout=layout, gateway=gateway, listening=listening, certificate=certificate, ready=ready)
+        async with (
+            serving_metrics(MetricsApp(registry, peers), settings.metrics, layout.metrics_socket),
+            anyio.create_task_group() as background,
+        ):
+            background.start_soon(link.run)
+            background.start_soon(partial(owner.run, load_report_s=gateway.load_report_s))
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(until_stopped, tasks.cancel_scope)
+                if certificate is not None:
+                    tasks.start_soon(certificate.watch)
+                if gateway.workers > 1:
+                    background.start_soon(owner.serve_workers, await _listen_unix(layout.owner_socket))
+                    await _keep_workers(edge, tasks)
+                upstreams = Upstreams()
+                tasks.start_soon(upstreams.run)
+                broker = LocalBroker(owner, "worker-0")
+                with carrying(broker, upstreams, settings, owner.counts.request_done) as carrier:
+                    spare_collector()
+                    await _serve_generations(edge, _Worker(carrier, ready=lambda: core.connected))
+            background.cancel_scope.cancel()
+
+
+async def run_worker(
+    layout: StateLayout,
+    settings: Settings,
+    *,
+    name: str,
+    listen_fds: tuple[int, ...],
+    ready: Callable[[], None],
+    until_stopped: UntilStopped,
+) -> None:
+    """A relaying worker of an owner in another process. At SIGHUP it drains for its successor and ends."""
+    gateway = settings.gateway
+    broker, counts, upstreams = RemoteBroker(name), RequestCounts(), Upstreams()
+    certificate = open_certificate(gateway)
+    with ExitStack() as stack:
+        listening = _inherited(stack, listen_fds, certificate)
+        carrier = stack.enter_context(carrying(broker, upstreams, settings, counts.request_done))
+        async with anyio.create_task_group() as background:
+            stream = await anyio.connect_unix(layout.owner_socket)
+            await background.start(broker.run, stream)
+            background.start_soon(_hand_over, broker, counts)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(until_stopped, tasks.cancel_scope)
+                tasks.start_soon(upstreams.run)
+                tasks.start_soon(broker.cancel_when_gone, tasks.cancel_scope)
+                if certificate is not None:
+                    tasks.start_soon(certificate.watch)
+                spare_collector()
+                await _serve_until_replaced(
+                    _Worker(carrier, ready=lambda: broker.connected), gateway, listening, ready
+                )
+                tasks.cancel_scope.cancel()
+            broker.counted(counts.taken())
+            await anyio.lowlevel.checkpoint()
+            background.cancel_scope.cancel()
+
+
+async def _serve_until_replaced(
+    worker: _Worker, gateway: GatewaySettings, listening: list[Listening], ready: Callable[[], None]
+) -> None:
+    """Serves until SIGHUP says that a successor does; then ends what it has begun."""
+    relay, app = worker.app(gateway)
+    server = EdgeServer(app, listening, shutdown_s_max=gateway.shutdown_s_max)
+    await server.start()
+    try:
+        with anyio.open_signal_receiver(signal.SIGHUP) as signals:
+            ready()
+            async for _signal in signals:
+                break
+        relay.draining = True
+        await server.drain(drain_s_max=gateway.reload_s_max)
+    finally:
+        await server.stop()
+
+
+async def _hand_over(broker: RemoteBroker, counts: RequestCounts) -> None:
+    while True:
+        await anyio.sleep(COUNTS_S)
+        broker.counted(counts.taken())
+
+
+async def _serve_generations(edge: _Edge, worker: _Worker) -> None:
+    """Serves in this process; at SIGHUP a new server takes over while the old one drains. Never returns."""
+    gateway = edge.gateway
+    relay, app = worker.app(gateway)
+    server = edge.server(app, gateway)
+    await server.start()
+    try:
+        with anyio.open_signal_receiver(signal.SIGHUP) as signals:
+            edge.ready()
+            async with anyio.create_task_group() as draining:
+                async for _signal in signals:
+                    fresh = reloaded(edge, gateway)
+                    if fresh is None:
+                        continue
+                    gateway = fresh
+                    old_relay, old = relay, server
+                    relay, app = worker.app(gateway)
+                    server = edge.server(app, gateway)
+                    await server.start()
+                    old_relay.draining = True
+                    draining.start_soon(partial(old.drain, drain_s_max=gateway.reload_s_max))
+    finally:
+        await server.stop()
+
+
+async def _keep_workers(edge: _Edge, tasks: anyio.abc.TaskGroup) -> None:
+    """Keeps workers in processes of their own; at SIGHUP it replaces them, one after the other. Never returns."""
+    fds = tuple(one.socket.fileno() for one in edge.listening)
+    gateway = edge.gateway
+    keepers = [Keeper(_kept_worker(edge.layout.root, gateway, number, fds)) for number in range(gateway.workers)]
+    for keeper in keepers:
+        await tasks.start(keeper.run)
+    with anyio.open_signal_receiver(signal.SIGHUP) as signals:
+        edge.ready()
+        async for _signal in signals:
+            if reloaded(edge, gateway) is not None:
+                for keeper in keepers:
+                    keeper.replace()
+
+
+def _kept_worker(state: Path, gateway: GatewaySettings, number: int, fds: tuple[int, ...]) -> Kept:
+    def command(life: str, ready_fd: int) -> list[str]:
+        made = [sys.executable, "-m", "snowdrop.main", "gateway-worker", "--state", str(state)]
+        made += ["--ready-fd", str(ready_fd), "--listen-fd", ",".join(map(str, fds)), "--worker", life]
+        return made
+
+    return Kept(
+        name=f"worker-{number}",
+        command=command,
+        pass_fds=fds,
+        stop_s_max=gateway.shutdown_s_max,
+        replace_s_max=gateway.reload_s_max + gateway.shutdown_s_max + STOP_MARGIN_S,
+    )
+
+
+def reloaded(edge: _Edge, gateway: GatewaySettings) -> GatewaySettings | None:
+    """The settings as they are on disk, the certificate loaded again; None, and a line in the log, if unusable."""
+    certificate = edge.certificate
+    try:
+        fresh = msgspec.json.decode(edge.layout.settings.read_bytes(), type=Settings).gateway
+        if certificate is not None:
+            certificate.reload()
+    except (OSError, msgspec.DecodeError, SnowdropError) as error:
+        log.error("nothing is reloaded: %s", error)
+        return None
+    fixed = [name for name in FIXED if getattr(fresh, name) != getattr(gateway, name)]
+    if fixed:
+        log.warning(
+            "%s: a change takes effect at the next `snowdrop up`", ", ".join(f"gateway.{n}" for n in fixed)
+        )
+    log.info("reloading: new workers take over")
+    return msgspec.structs.replace(fresh, **{name: getattr(gateway, name) for name in FIXED})
+
+
+def _inherited(sockets: ExitStack, fds: tuple[int, ...], certificate: Certificate | None) -> list[Listening]:
+    """Sockets made by the owner; TLS is for those that strangers reach."""
+    found: list[Listening] = []
+    for fd in fds:
+        inherited = sockets.enter_context(socket.socket(fileno=fd))
+        tls = certificate.context if certificate is not None and inherited.family != socket.AF_UNIX else None
+        found.append(Listening(socket=inherited, tls=tls))
+    return found
+
+
+async def _listen_unix(path: Path) -> anyio.abc.SocketListener:
+    path.unlink(missing_ok=True)
+    return await anyio.create_unix_listener(path, mode=0o600)

@@ -20,6 +20,7 @@ from snowdrop.domain.receipt import CallerTimes
 from snowdrop.gateway.call import Call
 from snowdrop.gateway.owner import Owner
 from snowdrop.wire.codec import PROTOCOL_VERSION, Message
+from snowdrop.wire.counts import RequestSeries
 from snowdrop.wire.slots import (
     TO_WORKER,
     Acquire,
@@ -29,6 +30,7 @@ from snowdrop.wire.slots import (
     Look,
     Looked,
     ReleaseLease,
+    ReportCounts,
     ReportServed,
     ReportUnreachable,
     ToWorker,
@@ -284,6 +286,11 @@ class RemoteBroker:
 
     def served(self, receipt: ReceiptId, caller: CallerTimes) -> None:
         self._say(ReportServed(receipt=receipt, caller=caller))
+
+    def counted(self, series: tuple[RequestSeries, ...]) -> None:
+        """Hands what this worker counted to the owner."""
+        if series:
+            self._say(ReportCounts(series=series))
 
     def _say(self, message: Message) -> None:
         # Once the owner is gone it has reclaimed all leases of this worker: there is nobody to tell.

@@ -19,6 +19,7 @@ from snowdrop.domain.ids import ReceiptId
 from snowdrop.domain.receipt import CallerTimes
 from snowdrop.gateway.effects import DemandChanged, Effect, Grant, Idle, Now
 from snowdrop.gateway.queue import QueueCore
+from snowdrop.telemetry.requests import RequestCounts
 from snowdrop.wire.codec import Message, check_version
 from snowdrop.wire.control import (
     CallerServed,
@@ -37,6 +38,7 @@ from snowdrop.wire.slots import (
     FromWorker,
     Look,
     ReleaseLease,
+    ReportCounts,
     ReportServed,
     ReportUnreachable,
     ToWorker,
@@ -71,6 +73,7 @@ class Owner:
         self._uplink: Uplink | None = None
         self._callers: dict[ReceiptId, CallerTimes] = {}
         self._served: dict[ReceiptId, None] = {}
+        self.counts = RequestCounts()
 
     # --- workers ------------------------------------------------------------------------------------------
 
@@ -161,6 +164,8 @@ class Owner:
             self.unreachable(message.lease, message.message)
         elif isinstance(message, ReportServed):
             self.served(message.receipt, message.caller)
+        elif isinstance(message, ReportCounts):
+            self.counts.add(message.series)
 
     # --- control ------------------------------------------------------------------------------------------
 

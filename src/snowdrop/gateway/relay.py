@@ -36,6 +36,7 @@ class Relay:
         self.carrier = carrier
         self.request_bytes_max = request_bytes_max
         self.respond_async: RespondAsync | None = None
+        self.draining = False
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """The handler for `/{deployment}/{path}`. Errors become typed answers; cancellation passes through."""
@@ -65,6 +66,9 @@ class Relay:
             return error_response(error, request_id, extra)
         except CallerGoneError:
             return web.Response(status=499)
+        if self.draining:
+            # The next request on this connection is for whoever takes over.
+            sink.response.force_close()
         return sink.response
 
 

@@ -10,6 +10,7 @@ from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, ReceiptId, ReplicaId, RevisionId, TenantId
 from snowdrop.domain.receipt import CallerTimes, Span
 from snowdrop.wire.codec import Codec, Message
+from snowdrop.wire.counts import RequestSeries
 
 
 class WorkerHello(Message, frozen=True, kw_only=True):
@@ -68,6 +69,16 @@ class ReportServed(Message, frozen=True, kw_only=True):
 
     receipt: ReceiptId
     caller: CallerTimes
+
+
+class ReportCounts(Message, frozen=True, kw_only=True):
+    """What a worker counted since it last said so; said each second while there is anything, and at its end.
+
+    Not answered. It is a difference, and lost with a worker that is killed. Heard twice it would count twice: a
+    worker says it once, on a connection that it does not open again.
+    """
+
+    series: tuple[RequestSeries, ...]
 
 
 class Granted(Message, frozen=True, kw_only=True):
@@ -134,7 +145,9 @@ class Denied(Message, frozen=True, kw_only=True):
     error: ErrorBody
 
 
-FromWorker = WorkerHello | Acquire | Look | CancelWait | ReleaseLease | ReportUnreachable | ReportServed
+FromWorker = (
+    WorkerHello | Acquire | Look | CancelWait | ReleaseLease | ReportUnreachable | ReportServed | ReportCounts
+)
 ToWorker = Granted | Denied | WaitNews | Looked
 
 FROM_WORKER: Codec[FromWorker] = Codec(FromWorker)

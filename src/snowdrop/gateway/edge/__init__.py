@@ -1,0 +1,1 @@
+"""What surrounds the relay at the edge: listeners, TLS, HTTP/2, websockets, observation, metrics."""
