@@ -9,6 +9,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from snowdrop.sdk.api import Batch as Batch
+    from snowdrop.sdk.api import ChatMessage as ChatMessage
+    from snowdrop.sdk.api import ChatRequest as ChatRequest
+    from snowdrop.sdk.api import CompletionRequest as CompletionRequest
+    from snowdrop.sdk.api import EmbeddingRequest as EmbeddingRequest
+    from snowdrop.sdk.api import Embeddings as Embeddings
+    from snowdrop.sdk.api import Finish as Finish
     from snowdrop.sdk.api import Image as Image
     from snowdrop.sdk.api import Model as Model
     from snowdrop.sdk.api import QueueSpec as QueueSpec
@@ -29,6 +35,12 @@ if TYPE_CHECKING:
 _SDK_NAMES = frozenset(
     {
         "Batch",
+        "ChatMessage",
+        "ChatRequest",
+        "CompletionRequest",
+        "EmbeddingRequest",
+        "Embeddings",
+        "Finish",
         "Image",
         "Model",
         "QueueSpec",

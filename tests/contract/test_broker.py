@@ -10,7 +10,7 @@ import anyio.lowlevel
 import pytest
 
 from platform_helpers import KEY, NAME, call, caller, replica_route, route
-from snowdrop.domain.errors import NotFoundError, PlatformDownError, RevisionFailedError
+from snowdrop.domain.errors import NotFoundError, PlatformDownError, RevisionFailedError, UnauthorisedError
 from snowdrop.domain.ids import ReceiptId
 from snowdrop.gateway.broker import Broker, LocalBroker, RemoteBroker
 from snowdrop.gateway.effects import Now
@@ -89,6 +89,17 @@ async def acquire(broker: Broker, name: str = NAME) -> Granted:
 
 
 class TestBroker:
+    async def test_who_speaks_the_dialect_is_told_to_whoever_asks(self, bench: Bench, broker: Broker) -> None:
+        bench.show(openai=("/v1/embeddings",), created_unix_s=5)
+        bench.core.connected = True
+        (speaker,) = await broker.speakers(None)
+        assert (speaker.deployment, speaker.paths, speaker.created_unix_s) == (NAME, ("/v1/embeddings",), 5)
+        with pytest.raises(UnauthorisedError):
+            await broker.speakers("wrong")
+        with pytest.raises(NotFoundError, match="does not serve"):
+            await broker.acquire(call(dialect="/v1/completions"))
+        assert bench.counts() == (0, 0)
+
     async def test_grants_a_free_slot_and_takes_it_back(self, bench: Bench, broker: Broker) -> None:
         granted = await acquire(broker)
         assert granted.socket_path == "/run/rep-1.sock"

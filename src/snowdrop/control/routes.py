@@ -40,6 +40,8 @@ def deployment_route(world: World, key: DeploymentKey) -> DeploymentRoute | None
         refusal=_refusal(entry, serving=serving),
         weights=rollouts.weights(world, key),
         parked=_parked(entry, serving=serving),
+        openai=entry.revision.spec.openai_paths,
+        created_unix_s=entry.deployment.created_unix_ns // 1_000_000_000,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import anyio
 import anyio.abc
@@ -24,6 +24,7 @@ from snowdrop.wire.counts import RequestSeries
 from snowdrop.wire.slots import (
     TO_WORKER,
     Acquire,
+    AskSpeakers,
     CancelWait,
     Denied,
     Granted,
@@ -33,6 +34,8 @@ from snowdrop.wire.slots import (
     ReportCounts,
     ReportServed,
     ReportUnreachable,
+    Speaker,
+    SpeakersTold,
     ToWorker,
     WaitNews,
     WorkerHello,
@@ -44,6 +47,9 @@ OUTBOX_MAX = 100_000
 
 
 T = TypeVar("T")
+ASK_S_MAX = 5.0
+"""How long the owner may take for an answer that it has at hand."""
+
 TakeNews = Callable[[WaitNews], None]
 
 
@@ -61,6 +67,10 @@ class Broker(Protocol):
         """How a deployment stands; wakes it if asked. Raises the typed error of an unknown one or a wrong key."""
         ...
 
+    async def speakers(self, key_sha256: str | None) -> tuple[Speaker, ...]:
+        """The deployments of the key's tenant that speak OpenAI's dialect. Raises UnauthorisedError."""
+        ...
+
     def release(self, granted: Granted) -> None: ...
     def unreachable(self, granted: Granted, message: str) -> None: ...
     def served(self, receipt: ReceiptId, caller: CallerTimes) -> None: ...
@@ -71,7 +81,7 @@ class _Tickets:
 
     def __init__(self) -> None:
         self._next = 1
-        self._waiting: dict[int, asyncio.Future[Granted]] = {}
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._looking: dict[int, asyncio.Future[Looked]] = {}
         self._news: dict[int, TakeNews] = {}
 
@@ -80,9 +90,9 @@ class _Tickets:
         self._next += 1
         return ticket
 
-    def open(self, ticket: int, news: TakeNews | None) -> asyncio.Future[Granted]:
+    def open(self, ticket: int, news: TakeNews | None) -> asyncio.Future[Any]:
         """The future of a numbered request's answer; to be closed by whoever gives it up."""
-        future: asyncio.Future[Granted] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = future
         if news is not None:
             self._news[ticket] = news
@@ -153,6 +163,7 @@ def _asks(call: Call, ticket: int) -> Acquire:
         wait_s_max=wait_s_max,
         progress=wait.progress,
         attempt=call.attempt,
+        dialect=call.dialect,
     )
 
 
@@ -186,11 +197,15 @@ class LocalBroker:
             raise error_from_body(answer.error)
         future = self._tickets.open(ticket, news)
         try:
-            return await future
+            granted: Granted = await future
         except asyncio.CancelledError:
             self._tickets.close(ticket)
             self._owner.cancel(self._worker, ticket)
             raise
+        return granted
+
+    async def speakers(self, key_sha256: str | None) -> tuple[Speaker, ...]:
+        return self._owner.speakers(key_sha256)
 
     async def look(self, key_sha256: str | None, deployment: DeploymentName, *, activate: bool) -> Looked:
         ticket = self._tickets.number()
@@ -261,11 +276,27 @@ class RemoteBroker:
         future = self._tickets.open(ticket, news)
         self._say(_asks(call, ticket))
         try:
-            return await future
+            granted: Granted = await future
         except asyncio.CancelledError:
             self._tickets.close(ticket)
             self._say(CancelWait(ticket=ticket))
             raise
+        return granted
+
+    async def speakers(self, key_sha256: str | None) -> tuple[Speaker, ...]:
+        if self._gone.is_set():
+            raise _owner_gone()
+        ticket = self._tickets.number()
+        future = self._tickets.open(ticket, None)
+        self._say(AskSpeakers(ticket=ticket, key_sha256=key_sha256))
+        try:
+            with anyio.fail_after(ASK_S_MAX):
+                told: SpeakersTold = await future
+        except TimeoutError as error:
+            raise _owner_gone() from error
+        finally:
+            self._tickets.close(ticket)
+        return told.speakers
 
     async def look(self, key_sha256: str | None, deployment: DeploymentName, *, activate: bool) -> Looked:
         if self._gone.is_set():

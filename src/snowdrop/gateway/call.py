@@ -77,6 +77,7 @@ class Call(msgspec.Struct, kw_only=True):
     """One call. `target` is the raw path and query at the replica; `headers` go up as they are.
 
     `headers` must be free of hop-by-hop headers and of the caller's key (`headers_up` in `relay.py` makes such).
+    `dialect` is the path of OpenAI's dialect that the deployment must serve.
     The fields from `granted` on are what became of it, filled in by the carrier for whoever observes.
     """
 
@@ -91,6 +92,7 @@ class Call(msgspec.Struct, kw_only=True):
     wait: WaitOptions = ANY_WAIT
     deadline_unix_s: float | None = None
     kind: str = "http"
+    dialect: str = ""
     trace: TraceContext | None = None
     attempt: int = 0
     granted: Granted | None = None

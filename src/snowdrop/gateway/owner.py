@@ -14,10 +14,11 @@ from typing import Protocol
 import anyio
 import anyio.abc
 
-from snowdrop.domain.errors import ProtocolError
+from snowdrop.domain.errors import ProtocolError, SnowdropError, UnavailableError
 from snowdrop.domain.ids import ReceiptId
 from snowdrop.domain.receipt import CallerTimes
-from snowdrop.gateway.effects import DemandChanged, Effect, Grant, Idle, Now
+from snowdrop.gateway.effects import DemandChanged, Effect, Grant, Idle, Now, deny
+from snowdrop.gateway.openai.speaking import Speaking
 from snowdrop.gateway.queue import QueueCore
 from snowdrop.telemetry.requests import RequestCounts
 from snowdrop.wire.codec import Message, check_version
@@ -34,13 +35,17 @@ from snowdrop.wire.control import (
 from snowdrop.wire.slots import (
     FROM_WORKER,
     Acquire,
+    AskSpeakers,
     CancelWait,
+    Denied,
     FromWorker,
     Look,
     ReleaseLease,
     ReportCounts,
     ReportServed,
     ReportUnreachable,
+    Speaker,
+    SpeakersTold,
     ToWorker,
     WorkerHello,
 )
@@ -70,6 +75,7 @@ class Owner:
         self._core = core
         self._gateway = gateway
         self._workers: dict[str, Callable[[ToWorker], None]] = {}
+        self._speaking = Speaking()
         self._uplink: Uplink | None = None
         self._callers: dict[ReceiptId, CallerTimes] = {}
         self._served: dict[ReceiptId, None] = {}
@@ -87,10 +93,35 @@ class Owner:
         self._carry_out(self._core.worker_gone(worker, _now()))
 
     def arrive(self, worker: str, request: Acquire) -> None:
+        if request.dialect:
+            try:
+                tenant = request.tenant or self._core.tenant_of(request.key_sha256)
+                self._speaking.check(tenant, request.deployment, request.dialect)
+            except SnowdropError as error:
+                self._carry_out([deny(worker, request.ticket, error)])
+                return
         self._carry_out(self._core.arrive(worker, request, _now()))
 
     def look(self, worker: str, request: Look) -> None:
         self._carry_out(self._core.look(worker, request, _now()))
+
+    def speakers(self, key_sha256: str | None) -> tuple[Speaker, ...]:
+        """The deployments of the key's tenant that speak OpenAI's dialect. Raises UnauthorisedError."""
+        tenant = self._core.tenant_of(key_sha256)
+        if not self._core.connected:
+            raise UnavailableError(
+                "the gateway has not heard from control yet", where="gateway", retry_after_s=1.0
+            )
+        return self._speaking.of(tenant)
+
+    def _tell_speakers(self, worker: str, request: AskSpeakers) -> None:
+        answer = self._workers.get(worker)
+        if answer is None:
+            return
+        try:
+            answer(SpeakersTold(ticket=request.ticket, speakers=self.speakers(request.key_sha256)))
+        except SnowdropError as error:
+            answer(Denied(ticket=request.ticket, error=error.body()))
 
     def cancel(self, worker: str, ticket: int) -> None:
         self._carry_out(self._core.cancel(worker, ticket, _now()))
@@ -154,6 +185,8 @@ class Owner:
     def _handle(self, worker: str, message: FromWorker) -> None:
         if isinstance(message, Acquire):
             self.arrive(worker, message)
+        elif isinstance(message, AskSpeakers):
+            self._tell_speakers(worker, message)
         elif isinstance(message, ReleaseLease):
             self.release(message.lease)
         elif isinstance(message, CancelWait):
@@ -182,9 +215,11 @@ class Owner:
     def from_control(self, message: ToGateway) -> None:
         """Applies one message of control."""
         if isinstance(message, Routes):
+            self._speaking.set_routes(message.deployments)
             self._carry_out(self._core.set_routes(message.deployments, message.keys, _now()))
         elif isinstance(message, RouteChanged):
             key = (message.tenant, message.deployment)
+            self._speaking.change(key, message.route)
             self._carry_out(self._core.change_route(key, message.route, _now()))
         elif isinstance(message, CallerStored):
             self._callers.pop(message.receipt, None)

@@ -64,7 +64,7 @@ class QueueCore:
     def arrive(self, worker: str, request: Acquire, now: Now) -> list[Effect]:
         """A request wants a slot: grants it, queues it or denies it."""
         try:
-            tenant = request.tenant or self._tenant(request.key_sha256)
+            tenant = request.tenant or self.tenant_of(request.key_sha256)
             deployment = self._find(tenant, request.deployment)
         except SnowdropError as error:
             return [deny(worker, request.ticket, error)]
@@ -97,7 +97,7 @@ class QueueCore:
     def look(self, worker: str, request: Look, now: Now) -> list[Effect]:
         """Says how a deployment stands; wakes it if asked, as a request would that waits for no answer."""
         try:
-            tenant = self._tenant(request.key_sha256)
+            tenant = self.tenant_of(request.key_sha256)
             deployment = self._find(tenant, request.deployment)
         except SnowdropError as error:
             return [deny(worker, request.ticket, error)]
@@ -106,6 +106,10 @@ class QueueCore:
             deployment.wake(now.s)
             effects.append(DemandChanged((tenant, request.deployment)))
         return [*effects, Tell(worker, looked(request.ticket, deployment, now))]
+
+    def tenant_of(self, key_sha256: str | None) -> TenantId:
+        """Whose key it is. Raises UnauthorisedError."""
+        return authenticate(key_sha256, self._keys, required=self._keys_required)
 
     def cancel(self, worker: str, ticket: int, now: Now) -> list[Effect]:
         """The client is gone. A slot that was granted meanwhile is given back."""
@@ -223,9 +227,6 @@ class QueueCore:
         return bool(self._leases) or any(deployment.line for deployment in self._deployments.values())
 
     # --- inside -------------------------------------------------------------------------------------------
-
-    def _tenant(self, key_sha256: str | None) -> TenantId:
-        return authenticate(key_sha256, self._keys, required=self._keys_required)
 
     def _find(self, tenant: TenantId, name: DeploymentName) -> Deployment:
         deployment = self._deployments.get((tenant, name))

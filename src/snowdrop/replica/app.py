@@ -20,12 +20,14 @@ from snowdrop.domain.calling import CALL_CONTEXT
 from snowdrop.domain.cancel import CANCEL_FLAG
 from snowdrop.domain.errors import InvalidInputError, MethodNotAllowedError, NotFoundError, SnowdropError
 from snowdrop.domain.openapi import openapi_document
+from snowdrop.domain.servers import OPENAI_PATHS
 from snowdrop.domain.service import ServiceSpec
 from snowdrop.domain.signature import RequestDecoder, encode_json
 from snowdrop.replica.batching import Batcher
-from snowdrop.replica.call import DONE, Endpoint, Items, Raised, stage
+from snowdrop.replica.call import DONE, Decoder, Endpoint, Items, Raised, stage
 from snowdrop.replica.exchange import JSON, OCTETS, Disconnected, Exchange, Refused, octets
 from snowdrop.replica.gate import Gate
+from snowdrop.replica.openai import Asked, BodyDecoder, respond
 from snowdrop.replica.servable import Receive, Scope, Send
 from snowdrop.replica.userfault import request_error
 from snowdrop.weights.loaded import LoadedModel
@@ -63,7 +65,8 @@ class ServiceApp:
             if function is None:
                 raise InvalidInputError(f"{where} does not exist", where=spec.entry, next_step="deploy again")
             signature = client_signature(function, where, endpoint.batch)
-            self._endpoints[endpoint.path] = Endpoint(endpoint.path, signature, RequestDecoder(signature))
+            decoder = BodyDecoder if endpoint.path in OPENAI_PATHS else RequestDecoder
+            self._endpoints[endpoint.path] = Endpoint(endpoint.path, signature, decoder(signature))
         self._method_names = {endpoint.path: endpoint.method_name for endpoint in spec.endpoints}
         self._batchers: dict[str, Batcher] = {}
 
@@ -133,11 +136,17 @@ class ServiceApp:
                 next_step="send POST with a JSON object, or GET with a query string",
             )
             raise Refused(error, {"allow": ALLOWED_METHODS})
+        exchange.speaks_openai = isinstance(endpoint.decoder, BodyDecoder)
         with self._gate.admission():
-            arguments = _decode(endpoint.decoder, exchange, await exchange.body())
-            await self._run_watched(exchange, endpoint, arguments)
+            body = await exchange.body()
+            arguments = _decode(endpoint.decoder, exchange, body)
+            if isinstance(endpoint.decoder, BodyDecoder):
+                run = partial(self._respond, exchange, endpoint, arguments, endpoint.decoder.asked(body))
+            else:
+                run = partial(self._run, exchange, endpoint, arguments)
+            await self._run_watched(exchange, run)
 
-    async def _run_watched(self, exchange: Exchange, endpoint: Endpoint, arguments: dict[str, Any]) -> None:
+    async def _run_watched(self, exchange: Exchange, run: Callable[[], Awaitable[None]]) -> None:
         """Runs the call; cancels it when its caller goes away or `cut` ends it. Raises what the call raises."""
         ended = threading.Event()
         failure: Raised | SnowdropError | None = None
@@ -157,7 +166,7 @@ class ServiceApp:
             self._running.add(end)
             try:
                 async with self._gate.slot():
-                    await self._run(exchange, endpoint, arguments)
+                    await run()
             except (Raised, SnowdropError) as error:
                 failure = error  # raised below: out of a task group it would come wrapped
             finally:
@@ -178,6 +187,19 @@ class ServiceApp:
         method = getattr(self._instance, self._method_names[endpoint.path])
         return await endpoint.call(method, arguments, self._threads)
 
+    async def _respond(
+        self, exchange: Exchange, endpoint: Endpoint, arguments: dict[str, Any], asked: Asked
+    ) -> None:
+        """Answers in OpenAI's dialect."""
+        method = getattr(self._instance, self._method_names[endpoint.path])
+        call = partial(self._value, endpoint, arguments) if endpoint.signature.stream == "no" else None
+        await respond(exchange, asked, call, partial(endpoint.open, method, arguments, self._threads))
+
+    async def _value(self, endpoint: Endpoint, arguments: dict[str, Any]) -> object:
+        """What the method returns, perhaps called once for several requests."""
+        batcher = self._batchers.get(endpoint.path)
+        return await (batcher.submit(arguments) if batcher is not None else self._call(endpoint, arguments))
+
     async def _run(self, exchange: Exchange, endpoint: Endpoint, arguments: dict[str, Any]) -> None:
         method = getattr(self._instance, self._method_names[endpoint.path])
         if endpoint.signature.stream != "no":
@@ -187,11 +209,7 @@ class ServiceApp:
             finally:
                 await items.close()
             return
-        batcher = self._batchers.get(endpoint.path)
-        if batcher is not None:
-            value = await batcher.submit(arguments)
-        else:
-            value = await endpoint.call(method, arguments, self._threads)
+        value = await self._value(endpoint, arguments)
         is_octets = endpoint.signature.returns is bytes
         try:
             body = octets(value) if is_octets else encode_json(value)
@@ -211,7 +229,7 @@ async def _own_error(call: Awaitable[T]) -> T:
     raise cause
 
 
-def _decode(decoder: RequestDecoder, exchange: Exchange, body: bytes) -> dict[str, Any]:
+def _decode(decoder: Decoder, exchange: Exchange, body: bytes) -> dict[str, Any]:
     if exchange.method == "POST":
         return decoder.from_body(body)
     try:

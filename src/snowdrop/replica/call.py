@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -12,7 +12,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from snowdrop.domain.signature import RequestDecoder, Signature
+from snowdrop.domain.signature import Signature
 from snowdrop.replica.userfault import UserRaised, log_traceback
 
 ASYNC_CLOSE_S_MAX = 10.0
@@ -131,10 +131,17 @@ class ThreadItems:
                 log_traceback(error.cause, "closing a generator failed")
 
 
+class Decoder(Protocol):
+    """From a request to a method's arguments. Raises InvalidInputError."""
+
+    def from_body(self, body: bytes) -> dict[str, Any]: ...
+    def from_query(self, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]: ...
+
+
 class Endpoint:
     """One endpoint method of one instance. `limiter` bounds the threads of all endpoints together."""
 
-    def __init__(self, path: str, signature: Signature, decoder: RequestDecoder) -> None:
+    def __init__(self, path: str, signature: Signature, decoder: Decoder) -> None:
         self.path = path
         self.signature = signature
         self.decoder = decoder

@@ -9,9 +9,11 @@ from typing import Any
 import anyio
 import msgspec
 
+from snowdrop.domain import openai_errors
 from snowdrop.domain.calling import DEADLINE_HEADER, LEASE_HEADER, CallContext
 from snowdrop.domain.errors import SnowdropError, TimedOutError, TooLargeError
 from snowdrop.domain.ids import fresh_id
+from snowdrop.domain.openai_errors import status_of
 from snowdrop.domain.signature import encode_json
 from snowdrop.replica.servable import AsgiMessage, Receive, Send
 
@@ -58,6 +60,7 @@ class Exchange:
         }
         self.request_id = self.headers.get("x-request-id", "")[:REQUEST_ID_CHARS_MAX] or fresh_id("req")
         self.has_begun = False
+        self.speaks_openai = False
         self._is_complete = False
         self._form: StreamForm | None = None
         self._receive = receive
@@ -132,7 +135,12 @@ class Exchange:
         extra = dict(headers or {})
         if error.retry_after_s is not None:
             extra["retry-after"] = str(max(1, round(error.retry_after_s)))
-        await self.answer(self._error(error), status=error.http_status, headers=extra)
+        if self.speaks_openai:
+            body, status = openai_errors.encoded(openai_errors.shape(error, self.request_id)), status_of(error)
+            extra = {**openai_errors.headers_of(error, self.request_id), **extra}
+        else:
+            body, status = self._error(error), error.http_status
+        await self.answer(body, status=status, headers=extra)
 
     async def begin_stream(self, form: StreamForm) -> None:
         self._form = form

@@ -21,6 +21,14 @@ from typing import Any, TypeVar
 from snowdrop.domain.batching import Batch
 from snowdrop.domain.cancel import cancelled
 from snowdrop.domain.errors import InvalidInputError
+from snowdrop.domain.openai_types import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Embeddings,
+    Finish,
+)
 from snowdrop.domain.rollout import RolloutSpec as Rollout
 from snowdrop.domain.rollout import RolloutStep
 from snowdrop.domain.service import (
@@ -38,6 +46,12 @@ from snowdrop.sdk.servers import asgi, command
 
 __all__ = [
     "Batch",
+    "ChatMessage",
+    "ChatRequest",
+    "CompletionRequest",
+    "EmbeddingRequest",
+    "Embeddings",
+    "Finish",
     "Image",
     "Model",
     "QueueSpec",

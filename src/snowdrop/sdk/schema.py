@@ -9,6 +9,7 @@ import msgspec
 from snowdrop.domain.batched import client_signature
 from snowdrop.domain.batching import Batch
 from snowdrop.domain.errors import InvalidInputError
+from snowdrop.domain.servers import OPENAI_PATHS
 from snowdrop.domain.service import (
     CONCURRENCY_MAX,
     SERVICE_ATTRIBUTE,
@@ -18,11 +19,14 @@ from snowdrop.domain.service import (
     ServiceSpec,
 )
 from snowdrop.domain.signature import (
+    Schemas,
+    Signature,
     UnresolvedNameError,
     check_annotated,
     check_parameters,
     endpoint_schemas,
 )
+from snowdrop.domain.whole_body import check_whole_body
 
 RESERVED_PREFIX = "/-/"
 """Paths of the platform itself, on replicas and at the gateway."""
@@ -78,13 +82,22 @@ def complete_spec(cls: type, spec: ServiceSpec) -> ServiceSpec:
             endpoint,
             stream=signature.stream,
             is_async=signature.on_loop,
-            input_schema=schemas.input_schema,
+            input_schema=_input_schema(endpoint, signature, schemas),
             output_schema=schemas.output_schema,
             components=schemas.components,
         )
         for endpoint, signature, schemas in zip(spec.endpoints, signatures, made, strict=True)
     )
     return msgspec.structs.replace(spec, endpoints=endpoints)
+
+
+def _input_schema(endpoint: EndpointSpec, signature: Signature, schemas: Schemas) -> dict[str, Any]:
+    """Where OpenAI's dialect is spoken the whole body is the only parameter."""
+    if endpoint.path not in OPENAI_PATHS:
+        return schemas.input_schema
+    check_whole_body(signature)
+    schema: dict[str, Any] = schemas.input_schema["properties"][signature.parameters[0].name]
+    return schema
 
 
 def spec_of(cls: type) -> ServiceSpec | None:

@@ -202,7 +202,7 @@ class DeploymentRoute(msgspec.Struct, frozen=True, kw_only=True):
     `start_s` is how long a start takes by what was seen (the median of the latest), `start_high_s` what nine of
     ten stay below, `service_s` how long a request holds its slot; 0 if not known. `coming` are the replicas that
     `starting` counts, the oldest first. Without `weights` all replicas are alike. With `own_readyz` the service
-    has an endpoint of the path /readyz.
+    has an endpoint of the path /readyz. `openai` are the paths of OpenAI's dialect that it serves.
     """
 
     tenant: TenantId
@@ -221,6 +221,8 @@ class DeploymentRoute(msgspec.Struct, frozen=True, kw_only=True):
     refusal: ErrorBody | None = None
     weights: tuple[RevisionWeight, ...] = ()
     parked: Parked | None = None
+    openai: tuple[str, ...] = ()
+    created_unix_s: int = 0
 
 
 class KeyGrant(msgspec.Struct, frozen=True, kw_only=True):

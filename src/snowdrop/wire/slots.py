@@ -6,6 +6,8 @@ dies holds nothing back.
 
 from __future__ import annotations
 
+import msgspec
+
 from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, ReceiptId, ReplicaId, RevisionId, TenantId
 from snowdrop.domain.receipt import CallerTimes, Span
@@ -22,7 +24,8 @@ class Acquire(Message, frozen=True, kw_only=True):
     """One request wants one slot. `ticket` is the worker's own number for it.
 
     `tenant` is said by callers from inside, whom no key authenticates; `label` says whom beside the key to be fair
-    to; `attempt` counts the replicas that could not be reached for it: such a request keeps its place.
+    to; `attempt` counts the replicas that could not be reached for it: such a request keeps its place. `dialect`
+    is the path of OpenAI's dialect that the deployment must serve; one that does not is not woken.
     """
 
     ticket: int
@@ -36,6 +39,14 @@ class Acquire(Message, frozen=True, kw_only=True):
     wait_s_max: float | None = None
     progress: bool = False
     attempt: int = 0
+    dialect: str = ""
+
+
+class AskSpeakers(Message, frozen=True, kw_only=True):
+    """Asks which deployments of the caller's tenant speak OpenAI's dialect."""
+
+    ticket: int
+    key_sha256: str | None
 
 
 class Look(Message, frozen=True, kw_only=True):
@@ -138,6 +149,22 @@ class Looked(Message, frozen=True, kw_only=True):
     error: ErrorBody | None = None
 
 
+class Speaker(msgspec.Struct, frozen=True, kw_only=True):
+    """A deployment that speaks OpenAI's dialect, at `paths`."""
+
+    tenant: TenantId
+    deployment: DeploymentName
+    paths: tuple[str, ...]
+    created_unix_s: int
+
+
+class SpeakersTold(Message, frozen=True, kw_only=True):
+    """The answer to AskSpeakers, which may also be Denied."""
+
+    ticket: int
+    speakers: tuple[Speaker, ...]
+
+
 class Denied(Message, frozen=True, kw_only=True):
     """No slot, and why. `status` is the HTTP status of the error's kind."""
 
@@ -146,9 +173,17 @@ class Denied(Message, frozen=True, kw_only=True):
 
 
 FromWorker = (
-    WorkerHello | Acquire | Look | CancelWait | ReleaseLease | ReportUnreachable | ReportServed | ReportCounts
+    WorkerHello
+    | Acquire
+    | Look
+    | AskSpeakers
+    | CancelWait
+    | ReleaseLease
+    | ReportUnreachable
+    | ReportServed
+    | ReportCounts
 )
-ToWorker = Granted | Denied | WaitNews | Looked
+ToWorker = Granted | Denied | WaitNews | Looked | SpeakersTold
 
 FROM_WORKER: Codec[FromWorker] = Codec(FromWorker)
 TO_WORKER: Codec[ToWorker] = Codec(ToWorker)
