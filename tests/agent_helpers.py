@@ -263,6 +263,7 @@ class Bench:
             data_plane=self._data_plane,
             mounts=self.mounts,
             sockets=folder / "s",
+            calls=folder / "c",
             logs=folder / "logs",
             settings=AgentSettings(**settings),
             on_change=self._changed,

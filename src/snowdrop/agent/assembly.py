@@ -75,6 +75,7 @@ async def run_agent(
         data_plane=keeper.current,
         mounts=mounts,
         sockets=layout.sockets,
+        calls=layout.calls,
         logs=layout.replica_logs,
         settings=agent,
         on_change=node.on_change,

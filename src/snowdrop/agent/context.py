@@ -28,6 +28,7 @@ class NodeContext(msgspec.Struct, frozen=True, kw_only=True):
     data_plane: Callable[[], Awaitable[DataPlane]]
     mounts: ModelMounts
     sockets: Path
+    calls: Path
     logs: Path
     settings: AgentSettings
     on_change: Callable[[ReplicaReport], None]

@@ -14,6 +14,7 @@ import anyio
 import anyio.abc
 import msgspec
 
+from snowdrop.agent.calls import CallDoor
 from snowdrop.agent.context import NodeContext
 from snowdrop.agent.sandboxed import Sandboxed, replica_content
 from snowdrop.agent.traces import ReplicaTraces
@@ -27,6 +28,7 @@ from snowdrop.wire.replica import (
     Drained,
     FromReplica,
     Imported,
+    OpenCall,
     Ready,
     RenewModel,
     SpansDone,
@@ -58,6 +60,7 @@ class ReplicaRunner:
         self._machine = ReplicaMachine()
         self._send, self._events = anyio.create_memory_object_stream[Happened](EVENTS_MAX)
         self._sandboxed = Sandboxed(order, context)
+        self._call_door = CallDoor(context.calls, order)
         self._traces = ReplicaTraces(context.tracing, order.key)
         self._content_scope = anyio.CancelScope()
         self._says_ready = anyio.Event()
@@ -263,6 +266,8 @@ class ReplicaRunner:
             tasks.start_soon(self._sandboxed.answer_directory, message.model)
         elif isinstance(message, RenewModel):
             tasks.start_soon(self._sandboxed.answer_renewal, message.model)
+        elif isinstance(message, OpenCall):
+            tasks.start_soon(self._call_door.answer, message.number, self._sandboxed.tell)
         elif isinstance(message, SpansDone):
             self._traces.finished(message)
         elif isinstance(message, Drained):

@@ -52,6 +52,7 @@ from snowdrop.wire.replica import (
     FromReplica,
     ModelHandle,
     ModelRenewed,
+    ToReplica,
 )
 
 LISTEN_BACKLOG = 1024
@@ -62,7 +63,9 @@ CLOSE_S_MAX = 10.0
 TELL_S_MAX = 2.0
 """A replica that takes no message for so long is told nothing more; whatever it waits for is bounded there."""
 MESSAGES_MAX = 1_000
-"""What a replica may say in its life; a healthy one says a handful."""
+"""What a replica may say at once,"""
+MESSAGES_PER_S_MAX = 50
+"""and all the time: a healthy one says a handful while it starts, then asks for connections and tells spans."""
 
 log = logging.getLogger("snowdrop.agent")
 
@@ -132,14 +135,14 @@ class Sandboxed:
 
     async def messages(self) -> AsyncIterator[FromReplica]:
         """What the replica says, until its end of the channel is closed. Raises ProtocolError for nonsense."""
-        heard = 0
+        heard, began_s = 0, anyio.current_time()
         try:
             while self._channel is not None:
                 message, fds = await self._channel.receive()
                 for fd in fds:
                     os.close(fd)  # a replica has nothing to hand us
                 heard += 1
-                if heard > MESSAGES_MAX:
+                if heard > MESSAGES_MAX + MESSAGES_PER_S_MAX * (anyio.current_time() - began_s):
                     raise ProtocolError("the replica floods the agent", where=f"messages_max={MESSAGES_MAX}")
                 yield message
                 await anyio.lowlevel.checkpoint()  # one that always has more to say must not hold up the others
@@ -158,7 +161,7 @@ class Sandboxed:
         return status
 
     async def send_drain(self, drain_s_max: float) -> None:
-        await self._tell(Drain(drain_s_max=drain_s_max))
+        await self.tell(Drain(drain_s_max=drain_s_max))
 
     async def answer_renewal(self, model: str) -> None:
         """Gives the replica its model again, from the data plane that lives now, or tells it why not."""
@@ -166,11 +169,11 @@ class Sandboxed:
             bound = self._bound(model)
             content = await self._ensure_model(bound)
         except SnowdropError as failed:
-            await self._tell(ModelRenewed(model=model, error=failed.body()))
+            await self.tell(ModelRenewed(model=model, error=failed.body()))
             return
         try:
             handle, fds = model_handle(bound, str(content.directory), content, first_fd=0)
-            await self._tell(ModelRenewed(model=model, handle=handle), fds)
+            await self.tell(ModelRenewed(model=model, handle=handle), fds)
         finally:
             content.close()
         self._renewed.set()
@@ -212,7 +215,7 @@ class Sandboxed:
             await data_plane.wait_directory(bound.artefact.manifest)
         except SnowdropError as failed:
             error = failed.body()
-        await self._tell(DirectoryReady(model=model, error=error))
+        await self.tell(DirectoryReady(model=model, error=error))
 
     def kill(self) -> None:
         self._kill_wanted = True
@@ -343,7 +346,7 @@ class Sandboxed:
             content.close()
             self._models[name] = msgspec.structs.replace(content, area=None)
 
-    async def _tell(self, message: Drain | DirectoryReady | ModelRenewed, fds: tuple[int, ...] = ()) -> None:
+    async def tell(self, message: ToReplica, fds: tuple[int, ...] = ()) -> None:
         async with self._telling:
             if self._channel is None or self._is_deaf:
                 return

@@ -3,12 +3,17 @@
 The replica (or `snowdrop dev`, or a test) sets both; the SDK's `ref` reads them. Both reach each other here.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+T = TypeVar("T")
 
 DEADLINE_HEADER = "snowdrop-deadline"
 """Unix seconds after which nobody waits for the answer any more."""
@@ -61,6 +66,9 @@ class Transport(Protocol):
 
     def send(self, call: OutgoingCall) -> AbstractAsyncContextManager[Reply]:
         """Raises the typed error of a call that could not be made or was not answered."""
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Runs `work` on the event loop that carries calls; to be called in another thread than its own."""
 
 
 class _Carrier:

@@ -101,6 +101,13 @@ class NotFoundError(SnowdropError):
     http_status = 404
 
 
+class ForbiddenError(SnowdropError):
+    """A rule says no: a service calls a deployment that it does not declare. `where` names the rule."""
+
+    kind = "forbidden"
+    http_status = 403
+
+
 class MethodNotAllowedError(SnowdropError):
     kind = "method_not_allowed"
     http_status = 405
@@ -174,6 +181,37 @@ class TimedOutError(SnowdropError):
     """A named bound ran out. `where` names the bound, as in `startup_s_max`."""
 
     kind = "timed_out"
+    http_status = 504
+    retryable = True
+
+
+class CallDeadlockError(SnowdropError):
+    """A call between services that could only wait for itself, or one in a chain that is too long."""
+
+    kind = "call_deadlock"
+    http_status = 508
+
+
+class CallFailedError(SnowdropError):
+    """A service's call to another one failed. `error` is what the other one said; `where` is the way to it."""
+
+    kind = "call_failed"
+    http_status = 502
+    error: ErrorBody | None = None
+
+
+class CallUnavailableError(CallFailedError):
+    """The other service could not take the call, which was not started there; trying again may help."""
+
+    kind = "call_unavailable"
+    http_status = 503
+    retryable = True
+
+
+class CallTimedOutError(CallFailedError):
+    """The time for the call was over, the caller's own or what was left of its caller's."""
+
+    kind = "call_timed_out"
     http_status = 504
     retryable = True
 

@@ -89,6 +89,11 @@ class StateLayout(msgspec.Struct, frozen=True):
         return self.run / "r"
 
     @property
+    def calls(self) -> Path:
+        """Where gateway workers take calls between services, a socket each."""
+        return self.run / "calls"
+
+    @property
     def control_socket(self) -> Path:
         """Control's HTTP API."""
         return self.run / "control.sock"
@@ -134,5 +139,5 @@ class StateLayout(msgspec.Struct, frozen=True):
 
     def make(self) -> None:
         """Creates the folders, for the owner only."""
-        for folder in (self.root, self.run, self.sockets, self.replica_logs, self.process_logs):
+        for folder in (self.root, self.run, self.sockets, self.calls, self.replica_logs, self.process_logs):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)

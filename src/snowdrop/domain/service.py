@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from snowdrop.domain.batching import Batch as Batch  # noqa: PLC0414 -- part of what a service says
+from snowdrop.domain.ids import parse_name
 from snowdrop.domain.require import require
 from snowdrop.domain.rollout import RolloutSpec
 from snowdrop.domain.scale import Scale as Scale  # noqa: PLC0414 -- part of what a service says
@@ -134,6 +135,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     A service is a class with `endpoints`, or a `command`, or an `asgi` app, whose entry is `module:variable`.
     `openai` names the paths of OpenAI's dialect that a command or an app serves.
     `park_s_max` is how long a request may wait while the revision is crash-looping; with 0 it is refused at once.
+    `calls` are the deployments of its tenant that it may call; all others are refused.
     """
 
     class_name: str
@@ -157,6 +159,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     command: CommandSpec | None = None
     asgi: AsgiSpec | None = None
     openai: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_kind()
@@ -170,6 +173,8 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
         require(0 < self.drain_s_max <= 86_400, "drain_s_max", "more than 0, at most 86,400 s")
         require(0 <= self.park_s_max <= 86_400, "park_s_max", "0 to 86,400 s")
         require(len(self.accelerator) > 0, "accelerator", 'at least one, for example ["cpu"]')
+        for name in self.calls:
+            parse_name(name, what="deployment name in `calls`")
 
     def _check_kind(self) -> None:
         check_openai_paths(self.openai)

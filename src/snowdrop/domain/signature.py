@@ -164,7 +164,7 @@ def _wrong_generator(where: str, annotation: object, wanted: str) -> InvalidInpu
 def _check_type(annotation: object, where: str) -> None:
     try:
         msgspec.json.schema_components((annotation,), schema_hook=_schema_hook)
-        msgspec.json.Decoder(typing.cast("type[object]", annotation), dec_hook=_decode_hook)
+        msgspec.json.Decoder(typing.cast("type[object]", annotation), dec_hook=decode_hook)
     except (TypeError, NotImplementedError) as error:
         raise InvalidInputError(
             f"{_name_of(annotation)} can't be sent as JSON{_reason(error)}",
@@ -251,14 +251,14 @@ class RequestDecoder:
     def __init__(self, signature: Signature) -> None:
         self._parameters = {parameter.name: parameter for parameter in signature.parameters}
         self._single = {
-            p.name: msgspec.json.Decoder(p.annotation, dec_hook=_decode_hook) for p in signature.parameters
+            p.name: msgspec.json.Decoder(p.annotation, dec_hook=decode_hook) for p in signature.parameters
         }
         fields = [
             (p.name, p.annotation) if p.required else (p.name, p.annotation, msgspec.field(default=msgspec.UNSET))
             for p in signature.parameters
         ]
         struct = msgspec.defstruct("Request", fields, forbid_unknown_fields=True, kw_only=True)
-        self._whole = msgspec.json.Decoder(struct, dec_hook=_decode_hook)
+        self._whole = msgspec.json.Decoder(struct, dec_hook=decode_hook)
 
     def from_body(self, body: bytes) -> dict[str, Any]:
         """Arguments from a JSON object; an empty body is an empty one. Raises InvalidInputError with `fields`."""
@@ -286,7 +286,7 @@ class RequestDecoder:
             annotation = self._parameters[name].annotation
             raw = values if _takes_many(annotation) or len(values) > 1 else values[0]
             try:
-                arguments[name] = msgspec.convert(raw, annotation, strict=False, dec_hook=_decode_hook)
+                arguments[name] = msgspec.convert(raw, annotation, strict=False, dec_hook=decode_hook)
             except msgspec.ValidationError as error:
                 problems += _problems(name, error)
         if problems:
@@ -376,7 +376,8 @@ def _schema_hook(kind: type) -> dict[str, Any]:
     return schema
 
 
-def _decode_hook(kind: type, value: object) -> object:
+def decode_hook(kind: type, value: object) -> object:
+    """For msgspec decoders: makes what a type validates for itself (pydantic models)."""
     validate = getattr(kind, "model_validate", None)
     if validate is None:
         raise NotImplementedError(f"{_name_of(kind)} has no JSON form")

@@ -77,6 +77,9 @@ class ServiceApp:
         self._instance: object = await _own_error(stage(self._class, {}))
         if self._spec.startup_name is not None:
             await _own_error(stage(getattr(self._instance, self._spec.startup_name), models))
+        self._open_batchers()
+
+    def _open_batchers(self) -> None:
         for each in self._spec.endpoints:
             if each.batch is not None:
                 call = partial(self._call, self._endpoints[each.path])
@@ -88,6 +91,13 @@ class ServiceApp:
         """A class has no life of its own beside its calls."""
         await anyio.sleep_forever()
         raise AssertionError("it sleeps for ever")
+
+    def adopt(self, instance: object) -> None:
+        """Serves an instance that was made elsewhere, without its startup stage: for stand-ins in tests."""
+        self._gate = Gate(self._spec.concurrency, waiting_max=self._spec.concurrency)
+        self._threads = anyio.CapacityLimiter(self._spec.concurrency)
+        self._instance = instance
+        self._open_batchers()
 
     def cut(self, error: SnowdropError) -> None:
         """Cancels every call and answers it with `error`; a thread sees `cancelled()` and is waited for."""

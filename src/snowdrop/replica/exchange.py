@@ -15,6 +15,7 @@ from snowdrop.domain.errors import SnowdropError, TimedOutError, TooLargeError
 from snowdrop.domain.ids import fresh_id
 from snowdrop.domain.openai_errors import status_of
 from snowdrop.domain.signature import encode_json
+from snowdrop.domain.trace import CURRENT_TRACE
 from snowdrop.replica.servable import AsgiMessage, Receive, Send
 
 REQUEST_BYTES_MAX = 64 << 20
@@ -68,9 +69,10 @@ class Exchange:
 
     def context(self) -> CallContext:
         """What calls that are made for this request go on with."""
+        trace = CURRENT_TRACE.get()
         return CallContext(
             request_id=self.request_id,
-            traceparent=self.headers.get("traceparent", ""),
+            traceparent=self.headers.get("traceparent", "") if trace is None else trace.traceparent,
             tracestate=self.headers.get("tracestate", ""),
             deadline_unix_s=_deadline(self.headers.get(DEADLINE_HEADER)),
             lease=self.headers.get(LEASE_HEADER, ""),

@@ -20,10 +20,12 @@ from snowdrop.replica.stages import EXIT_AGENT_GONE
 from snowdrop.wire.codec import Message
 from snowdrop.wire.packet import PacketChannel
 from snowdrop.wire.replica import (
+    CallOpened,
     DirectoryReady,
     Drain,
     ModelHandle,
     ModelRenewed,
+    OpenCall,
     RenewModel,
     ToReplica,
     WaitForDirectory,
@@ -35,6 +37,9 @@ SEND_S_MAX = 10
 
 RENEW_S_MAX = 60.0
 """How long the agent may take to give a model again; a data plane that died is there again in a second."""
+
+
+Opened = Callable[[ErrorBody | None, tuple[int, ...]], None]
 
 
 class _Wait(msgspec.Struct):
@@ -63,6 +68,8 @@ class AgentLink:
         self._lock = threading.Lock()
         self._waits: dict[str, _Wait] = {}
         self._renewals: dict[str, list[_Wait]] = {}
+        self._calls: dict[int, Opened] = {}
+        self._calls_asked = 0
         self._drain: Drain | None = None
         self._on_drain: Callable[[Drain], None] | None = None
 
@@ -122,6 +129,17 @@ class AgentLink:
             raise ProtocolError("the model was given again without a handle", where="agent link")
         return wait.handle, wait.fds
 
+    def open_call(self, opened: Opened) -> None:
+        """Asks for a connection to the gateway.
+
+        `opened` gets it as a descriptor that is then its own, or why there is none, in the reading thread.
+        """
+        with self._lock:
+            self._calls_asked += 1
+            number = self._calls_asked
+            self._calls[number] = opened
+        self.send(OpenCall(number=number))
+
     def _forget(self, model: str, wait: _Wait) -> bool:
         """Gives up a renewal, so that its late answer is nobody's; False if it has come just now."""
         with self._lock:
@@ -136,6 +154,12 @@ class AgentLink:
                 message, fds = self._channel.receive_blocking()
                 if isinstance(message, ModelRenewed) and self._renewed(message, fds):
                     continue
+                if isinstance(message, CallOpened):
+                    with self._lock:
+                        opened = self._calls.pop(message.number, None)
+                    if opened is not None:
+                        opened(message.error, fds)
+                        continue
                 for fd in fds:
                     os.close(fd)
                 self._handle(message)
@@ -158,7 +182,7 @@ class AgentLink:
 
     def _handle(self, message: ToReplica) -> None:
         match message:
-            case ModelRenewed():
+            case ModelRenewed() | CallOpened():
                 pass  # its asker has given up
             case DirectoryReady():
                 with self._lock:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import anyio
 import anyio.to_thread
+from anyio.streams.memory import MemoryObjectReceiveStream
 
 from snowdrop.domain.errors import TimedOutError
 from snowdrop.domain.receipt import Span
 from snowdrop.domain.trace import TraceSpan
 from snowdrop.replica.build import build_servable
+from snowdrop.replica.calls import carrying_calls
 from snowdrop.replica.link import AgentLink
 from snowdrop.replica.servable import Servable
 from snowdrop.replica.server import HttpServer
@@ -105,6 +107,10 @@ class Runtime:
         self._servable = servable
         self._server = HttpServer(Traced(servable, self._span_sink()))
         self._events, events = anyio.create_memory_object_stream[Event](EVENTS_MAX)
+        async with carrying_calls(self._link, self._boot.spec):
+            return await self._live_carried(events)
+
+    async def _live_carried(self, events: MemoryObjectReceiveStream[Event]) -> int:
         with self._events, events:
             async with anyio.create_task_group() as self._group:
                 self._events.send_nowait(ImportDone())

@@ -41,6 +41,7 @@ from snowdrop.domain.service import (
     Scale,
     Schedule,
 )
+from snowdrop.sdk.ref import Ref, ref
 from snowdrop.sdk.schema import Mark, build_spec, check_path
 from snowdrop.sdk.servers import asgi, command
 
@@ -55,6 +56,7 @@ __all__ = [
     "Image",
     "Model",
     "QueueSpec",
+    "Ref",
     "ResourceSpec",
     "Rollout",
     "RolloutStep",
@@ -64,6 +66,7 @@ __all__ = [
     "cancelled",
     "command",
     "endpoint",
+    "ref",
     "service",
     "shutdown",
     "startup",
@@ -89,6 +92,7 @@ def service(
     env: Mapping[str, str] | None = None,
     rollout: Rollout | None = None,
     park_s_max: float | None = None,
+    calls: str | Sequence[str] | None = None,
 ) -> Callable[[C], C]:
     """Makes a class a service.
 
@@ -98,6 +102,9 @@ def service(
     `import_s_max` and `drain_s_max` bound these stages, in seconds. `rollout` says how new revisions
     take over, `park_s_max` how long requests wait while the revision does not start at all. Raises
     InvalidInputError naming what is wrong.
+    `import_s_max` and `drain_s_max` bound these stages, in seconds. `calls` names deployments that the service may
+    call beside those that it has a `ref` of, in its class or its module. Raises InvalidInputError naming what is
+    wrong.
     """
     options: dict[str, Any] = {
         "image": image,
@@ -112,6 +119,7 @@ def service(
         "env": None if env is None else dict(env),
         "rollout": rollout,
         "park_s_max": park_s_max,
+        "calls": (calls,) if isinstance(calls, str) else calls and tuple(calls),
     }
     given = _given_models(model, models)
     _check_types(options, given)
@@ -216,6 +224,7 @@ _WANTED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "env": (dict, "a dict of str to str"),
     "rollout": (Rollout, "a rollout, as in `sd.Rollout(steps=(sd.RolloutStep(weight=0.1),))`"),
     "park_s_max": ((int, float), "seconds"),
+    "calls": (tuple, "a name or a list of names"),
 }
 
 
@@ -243,11 +252,14 @@ def _check_types(options: Mapping[str, Any], models: Sequence[object]) -> None:
             raise InvalidInputError(
                 f"`{name}` is {value!r}", where=f"service({name})", next_step=f"give it {wanted}"
             )
-    texts = [*(options["accelerator"] or ()), *(options["env"] or {}), *(options["env"] or {}).values()]
+    names = [*(options["accelerator"] or ()), *(options["calls"] or ())]
+    texts = [*names, *(options["env"] or {}), *(options["env"] or {}).values()]
     for text in texts:
         if not isinstance(text, str):
             raise InvalidInputError(
-                f"{text!r} is no text", where="service(accelerator, env)", next_step="give names and values as str"
+                f"{text!r} is no text",
+                where="service(accelerator, calls, env)",
+                next_step="give names and values as str",
             )
     for each in models:
         if not isinstance(each, Model):

@@ -1,6 +1,7 @@
 """From a decorated class to its ServiceSpec: finds the marked methods, checks them, makes the schemas."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from snowdrop.domain.signature import (
     endpoint_schemas,
 )
 from snowdrop.domain.whole_body import check_whole_body
+from snowdrop.sdk.ref import name_of_ref
 
 RESERVED_PREFIX = "/-/"
 """Paths of the platform itself, on replicas and at the gateway."""
@@ -62,6 +64,7 @@ def build_spec(cls: type, models: Sequence[Model], options: Mapping[str, Any]) -
         endpoints=specs,
         **_with_room_for_batches(cls, specs, options),
     )
+    spec = _with_calls(cls, spec)
     try:
         return complete_spec(cls, spec)
     except UnresolvedNameError:
@@ -88,7 +91,16 @@ def complete_spec(cls: type, spec: ServiceSpec) -> ServiceSpec:
         )
         for endpoint, signature, schemas in zip(spec.endpoints, signatures, made, strict=True)
     )
-    return msgspec.structs.replace(spec, endpoints=endpoints)
+    # Once more: a module may name a reference below the class.
+    return _with_calls(cls, msgspec.structs.replace(spec, endpoints=endpoints))
+
+
+def _with_calls(cls: type, spec: ServiceSpec) -> ServiceSpec:
+    """`spec` with the deployments that `cls` and its module have references of."""
+    values = [value for owner in cls.__mro__ for value in vars(owner).values()]
+    values += vars(sys.modules.get(cls.__module__, sys)).values() if cls.__module__ != "builtins" else []
+    names = {name for name in map(name_of_ref, values) if name}
+    return msgspec.structs.replace(spec, calls=tuple(sorted({*spec.calls, *names})))
 
 
 def _input_schema(endpoint: EndpointSpec, signature: Signature, schemas: Schemas) -> dict[str, Any]:

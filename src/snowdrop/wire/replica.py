@@ -95,6 +95,22 @@ class ModelRenewed(Message, frozen=True, kw_only=True):
     error: ErrorBody | None = None
 
 
+class OpenCall(Message, frozen=True, kw_only=True):
+    """Replica -> agent: it wants a connection to the gateway, to call other services. Answered by CallOpened.
+
+    `number` is the replica's own for this wish.
+    """
+
+    number: int
+
+
+class CallOpened(Message, frozen=True, kw_only=True):
+    """Agent -> replica: the connection, as the one descriptor that comes along, or why there is none."""
+
+    number: int
+    error: ErrorBody | None = None
+
+
 class Booted(Message, frozen=True, kw_only=True):
     """Replica -> agent: the interpreter runs and has read Boot."""
 
@@ -137,8 +153,10 @@ class Drained(Message, frozen=True, kw_only=True):
     """Replica -> agent: `shutdown` has run; the process exits next."""
 
 
-ToReplica = Boot | DirectoryReady | ModelRenewed | Drain
-FromReplica = SpansDone | WaitForDirectory | RenewModel | Booted | Imported | Ready | StageFailed | Drained
+ToReplica = Boot | DirectoryReady | ModelRenewed | CallOpened | Drain
+FromReplica = (
+    SpansDone | WaitForDirectory | RenewModel | OpenCall | Booted | Imported | Ready | StageFailed | Drained
+)
 
 TO_REPLICA: Codec[ToReplica] = Codec(ToReplica)
 FROM_REPLICA: Codec[FromReplica] = Codec(FromReplica)
