@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from snowdrop.domain.layout import StateLayout
 from snowdrop.domain.settings import GatewaySettings, Settings
 from snowdrop.gateway.app import build_app
 from snowdrop.gateway.broker import Broker, LocalBroker, RemoteBroker
+from snowdrop.gateway.calls.door import serving_calls
 from snowdrop.gateway.carrier import Carrier
 from snowdrop.gateway.edge.metrics import MetricsApp, Peer, serving_metrics
 from snowdrop.gateway.edge.server import EdgeServer, Listening, spare_collector
@@ -39,6 +40,7 @@ from snowdrop.telemetry.metrics import process_registry
 from snowdrop.telemetry.observing import Listener
 from snowdrop.telemetry.requests import RequestCounts
 from snowdrop.telemetry.tracing import open_tracing
+from snowdrop.wire.calls import SOCKET_SUFFIX
 
 COUNTS_S = 1.0
 """How often a worker hands its counts to the owner: the most that its death can lose."""
@@ -101,6 +103,8 @@ async def run_gateway(
     """The owner of the queues. With one worker it relays itself, with more it keeps them."""
     gateway = settings.gateway
     name = f"gateway-{os.getpid()}"
+    for socket_path in layout.calls.glob(f"*{SOCKET_SUFFIX}"):
+        socket_path.unlink(missing_ok=True)  # of workers that were killed: their owner is gone as well
     core = QueueCore(keys_required=gateway.keys_required)
     owner = Owner(core, name)
     link = ControlLink(str(layout.link_socket), name, owner)
@@ -137,7 +141,8 @@ async def run_gateway(
                 broker = LocalBroker(owner, "worker-0")
                 with carrying(broker, upstreams, settings, owner.counts.request_done) as carrier:
                     spare_collector()
-                    await _serve_generations(edge, _Worker(carrier, ready=lambda: core.connected))
+                    async with calls_of(carrier, layout, gateway, "worker-0"):
+                        await _serve_generations(edge, _Worker(carrier, ready=lambda: core.connected))
             background.cancel_scope.cancel()
 
 
@@ -168,9 +173,9 @@ async def run_worker(
                 if certificate is not None:
                     tasks.start_soon(certificate.watch)
                 spare_collector()
-                await _serve_until_replaced(
-                    _Worker(carrier, ready=lambda: broker.connected), gateway, listening, ready
-                )
+                worker = _Worker(carrier, ready=lambda: broker.connected)
+                async with calls_of(carrier, layout, gateway, name):
+                    await _serve_until_replaced(worker, gateway, listening, ready)
                 tasks.cancel_scope.cancel()
             broker.counted(counts.taken())
             await anyio.lowlevel.checkpoint()
@@ -288,3 +293,15 @@ def _inherited(sockets: ExitStack, fds: tuple[int, ...], certificate: Certificat
 async def _listen_unix(path: Path) -> anyio.abc.SocketListener:
     path.unlink(missing_ok=True)
     return await anyio.create_unix_listener(path, mode=0o600)
+
+
+def calls_of(
+    carrier: Carrier, layout: StateLayout, settings: GatewaySettings, worker: str
+) -> AbstractAsyncContextManager[None]:
+    """Takes calls between services while inside; to be around the server of clients."""
+    return serving_calls(
+        carrier,
+        layout.calls / f"{worker}{SOCKET_SUFFIX}",
+        request_bytes_max=settings.request_bytes_max,
+        shutdown_s_max=settings.shutdown_s_max,
+    )

@@ -164,6 +164,8 @@ def _asks(call: Call, ticket: int) -> Acquire:
         progress=wait.progress,
         attempt=call.attempt,
         dialect=call.dialect,
+        parent_lease=call.caller.parent_lease,
+        from_replica=call.caller.replica,
     )
 
 

@@ -13,7 +13,7 @@ import msgspec
 from multidict import CIMultiDict
 
 from snowdrop.domain.errors import SnowdropError, TooLargeError
-from snowdrop.domain.ids import DeploymentName, TenantId
+from snowdrop.domain.ids import DeploymentName, ReplicaId, TenantId
 from snowdrop.domain.trace import TraceContext
 from snowdrop.wire.slots import Granted, WaitNews
 
@@ -25,12 +25,15 @@ class CallerGoneError(Exception):
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """Who calls. `tenant` is for calls from inside (a task, another service) and never comes from a header.
 
-    `label` names whom the queue is to be fair to, beside the key.
+    `label` names whom the queue is to be fair to, beside the key. Of a call by a service, `replica` is who calls,
+    and `parent_lease` the lease of the request that it calls for, as it says.
     """
 
     key_sha256: str | None = None
     tenant: TenantId | None = None
     label: str = ""
+    replica: ReplicaId | None = None
+    parent_lease: int = 0
 
 
 class WaitOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ import anyio
 from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from snowdrop.domain.calling import DEADLINE_HEADER, LEASE_HEADER
 from snowdrop.domain.errors import ReplicaDiedError, SnowdropError, TimedOutError
 from snowdrop.domain.receipt import CallerTimes, Span, join_caller
 from snowdrop.gateway.bodies import BODY_WHOLE_BYTES_MAX
@@ -197,9 +198,12 @@ class _Exchange:
         """The time for the answer starts now, when the request is handed over, however long it has waited."""
         bound_s = self._granted.request_s_max
         deadline_unix_s = self._call.deadline_unix_s
+        now_unix_s = time.time()
         if deadline_unix_s is not None:
-            bound_s = min(bound_s, deadline_unix_s - time.time())
-            self._call.headers["snowdrop-deadline"] = f"{deadline_unix_s:.3f}"
+            bound_s = min(bound_s, deadline_unix_s - now_unix_s)
+        # What the replica's own calls to other services go on with.
+        self._call.headers[DEADLINE_HEADER] = f"{now_unix_s + bound_s:.3f}"
+        self._call.headers[LEASE_HEADER] = str(self._granted.lease)
         return bound_s
 
     def _too_long(self, bound_s: float) -> TimedOutError:

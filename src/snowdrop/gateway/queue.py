@@ -27,6 +27,7 @@ from snowdrop.gateway.effects import (
     queue_full,
     unknown,
 )
+from snowdrop.gateway.lineage import Lineage
 from snowdrop.gateway.looking import looked
 from snowdrop.gateway.table import Deployment, Gauges, Lease, ReplicaSlots, TicketKey, Waiting
 from snowdrop.gateway.waitlog import WaitLog
@@ -56,6 +57,7 @@ class QueueCore:
         self._deadlines: list[tuple[float, int, TicketKey]] = []
         self._next_lease = 1
         self._next_wait = 1
+        self._lineage = Lineage(self._leases, lambda ticket: isinstance(self._tickets.get(ticket), Deployment))
         self.waits = WaitLog()
         self.connected = False
 
@@ -72,12 +74,17 @@ class QueueCore:
             deployment.arrived += 1
         if deployment.route.refusal is not None:
             return [self._refuse(worker, request, deployment, deployment.route.refusal, now)]
+        if request.parent_lease and (deep := self._lineage.too_deep(request)) is not None:
+            return [self._refuse(worker, request, deployment, deep.body(), now)]
         if not deployment.line:
             replica = routing.choose(deployment.replicas.values())
             if replica is not None:
                 effect = self._grant(worker, request, deployment, replica, now)
                 deployment.note_peak()
                 return [effect]
+        stuck = self._lineage.refusal(request, (tenant, request.deployment), self._deployments)
+        if stuck is not None:
+            return [self._refuse(worker, request, deployment, stuck.body(), now)]
         waited_s = max(0.0, (now.unix_ns - request.arrived_unix_ns) / 1e9) if request.attempt else 0.0
         verdict = admission.admit(
             deployment.route.queue,
@@ -249,6 +256,8 @@ class QueueCore:
         queue = deployment.route.queue
         waiting = deployment.join(worker, request, deadline_s, now)
         self._tickets[waiting.ticket] = deployment
+        if request.parent_lease:
+            self._lineage.waits(waiting.ticket, request, (deployment.route.tenant, request.deployment))
         heappush(self._deadlines, (deadline_s, self._next_wait, waiting.ticket))
         self._next_wait += 1
         deployment.note_peak()
@@ -264,7 +273,9 @@ class QueueCore:
         self._next_lease += 1
         ticket = (worker, request.ticket)
         key = (deployment.route.tenant, deployment.route.deployment)
-        self._leases[lease] = Lease(worker, key, replica, ticket, deployment, now.s)
+        parent = self._lineage.parent_of(request) if request.parent_lease else 0
+        depth = self._lineage.depth_of(parent)
+        self._leases[lease] = Lease(worker, key, replica, ticket, deployment, now.s, parent, depth)
         replica.leases.add(lease)
         deployment.lent(now.s)
         self._tickets[ticket] = lease

@@ -60,7 +60,11 @@ class ReplicaSlots:
 
 
 class Lease(msgspec.Struct):
-    """A slot that is out: who has it (`worker`), for which of its requests, since when."""
+    """A slot that is out: who has it (`worker`), for which of its requests, since when.
+
+    For a call that a service made for one of its own requests, `parent` is that one's lease and `depth` how many
+    such calls lie inside of each other.
+    """
 
     worker: str
     key: DeploymentKey
@@ -68,6 +72,8 @@ class Lease(msgspec.Struct):
     ticket: TicketKey
     deployment: Deployment
     granted_s: float
+    parent: int = 0
+    depth: int = 0
 
 
 class Waiting(msgspec.Struct):

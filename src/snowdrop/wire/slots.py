@@ -26,6 +26,7 @@ class Acquire(Message, frozen=True, kw_only=True):
     `tenant` is said by callers from inside, whom no key authenticates; `label` says whom beside the key to be fair
     to; `attempt` counts the replicas that could not be reached for it: such a request keeps its place. `dialect`
     is the path of OpenAI's dialect that the deployment must serve; one that does not is not woken.
+    For a call by a service, `from_replica` is who calls, and `parent_lease` the request of its own it calls for.
     """
 
     ticket: int
@@ -40,6 +41,8 @@ class Acquire(Message, frozen=True, kw_only=True):
     progress: bool = False
     attempt: int = 0
     dialect: str = ""
+    parent_lease: int = 0
+    from_replica: ReplicaId | None = None
 
 
 class AskSpeakers(Message, frozen=True, kw_only=True):
