@@ -362,7 +362,6 @@ async def _check(reply: Reply) -> None:
 class _AnsweredError(SnowdropError):
     """An error that is not in the platform's own form, as any server may answer it."""
 
-    kind = "answered"
     status = 500
 
     @property
