@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+from aiohttp import web
 
 from snowdrop.agent.api import build_agent_api
 from snowdrop.agent.content import DataPlaneKeeper
@@ -83,9 +84,7 @@ async def run_agent(
     )
     sockets = (str(layout.link_socket), str(layout.agent_socket))
     link = AgentLink(*sockets, node_record(agent, launcher), fresh_id("inc"))
-    api = build_agent_api(layout.replica_logs, node.is_living, keeper.current)
-    add_mount_routes(api, mounts)
-    add_metrics_route(api, agent.node, keeper.current, node.reports)
+    api = _api(layout, agent, keeper, node, mounts)
     try:
         async with serving_unix(api, layout.agent_socket), anyio.create_task_group() as background:
             await background.start(keeper.run)
@@ -104,6 +103,15 @@ async def run_agent(
         tracing.close()
         journal.close()
         limits.sweep()  # the groups of this life are empty now; they are not left for the next one
+
+
+def _api(
+    layout: StateLayout, agent: AgentSettings, keeper: DataPlaneKeeper, node: Node, mounts: ModelMounts
+) -> web.Application:
+    api = build_agent_api(layout.replica_logs, node.is_living, keeper.current)
+    add_mount_routes(api, mounts)
+    add_metrics_route(api, agent.node, keeper.current, node.reports)
+    return api
 
 
 def _isolation(layout: StateLayout, agent: AgentSettings) -> tuple[LimitBackend, Launcher]:

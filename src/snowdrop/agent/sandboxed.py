@@ -41,7 +41,7 @@ from snowdrop.domain.errors import (
     SnowdropError,
 )
 from snowdrop.domain.receipt import ContentBytes, Span
-from snowdrop.wire.codec import PROTOCOL_VERSION
+from snowdrop.wire.codec import PROTOCOL_VERSION, Message
 from snowdrop.wire.control import StartReplica
 from snowdrop.wire.packet import PacketChannel, packet_pair
 from snowdrop.wire.replica import (
@@ -52,7 +52,6 @@ from snowdrop.wire.replica import (
     FromReplica,
     ModelHandle,
     ModelRenewed,
-    ToReplica,
 )
 
 LISTEN_BACKLOG = 1024
@@ -62,10 +61,8 @@ CLOSE_S_MAX = 10.0
 """How long a sandbox may take to be taken down, and how long the data plane to hear of it."""
 TELL_S_MAX = 2.0
 """A replica that takes no message for so long is told nothing more; whatever it waits for is bounded there."""
-MESSAGES_MAX = 1_000
-"""What a replica may say at once,"""
-MESSAGES_PER_S_MAX = 50
-"""and all the time: a healthy one says a handful while it starts, then asks for connections and tells spans."""
+MESSAGES_MAX, MESSAGES_PER_S_MAX = 1_000, 50
+"""What a replica may say: at once, and all the time. A healthy one starts, asks for connections, tells spans."""
 
 log = logging.getLogger("snowdrop.agent")
 
@@ -346,7 +343,7 @@ class Sandboxed:
             content.close()
             self._models[name] = msgspec.structs.replace(content, area=None)
 
-    async def tell(self, message: ToReplica, fds: tuple[int, ...] = ()) -> None:
+    async def tell(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         async with self._telling:
             if self._channel is None or self._is_deaf:
                 return
