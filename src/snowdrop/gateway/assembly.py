@@ -62,8 +62,8 @@ class _Edge(msgspec.Struct, frozen=True, kw_only=True):
     certificate: Certificate | None
     ready: Callable[[], None]
 
-    def server(self, app: web.Application, gateway: GatewaySettings) -> EdgeServer:
-        return EdgeServer(app, self.listening, shutdown_s_max=gateway.shutdown_s_max)
+    def server(self, relay: Relay, app: web.Application, gateway: GatewaySettings) -> EdgeServer:
+        return EdgeServer(app, self.listening, shutdown_s_max=gateway.shutdown_s_max, cut=relay.cut)
 
 
 class _Worker:
@@ -74,7 +74,11 @@ class _Worker:
         self._ready = ready
 
     def app(self, gateway: GatewaySettings) -> tuple[Relay, web.Application]:
-        relay = Relay(self._carrier, request_bytes_max=gateway.request_bytes_max)
+        relay = Relay(
+            self._carrier,
+            request_bytes_max=gateway.request_bytes_max,
+            websocket_idle_s_max=gateway.websocket_idle_s_max,
+        )
         return relay, build_app(relay, ready=self._ready)
 
 
@@ -187,7 +191,7 @@ async def _serve_until_replaced(
 ) -> None:
     """Serves until SIGHUP says that a successor does; then ends what it has begun."""
     relay, app = worker.app(gateway)
-    server = EdgeServer(app, listening, shutdown_s_max=gateway.shutdown_s_max)
+    server = EdgeServer(app, listening, shutdown_s_max=gateway.shutdown_s_max, cut=relay.cut)
     await server.start()
     try:
         with anyio.open_signal_receiver(signal.SIGHUP) as signals:
@@ -210,7 +214,7 @@ async def _serve_generations(edge: _Edge, worker: _Worker) -> None:
     """Serves in this process; at SIGHUP a new server takes over while the old one drains. Never returns."""
     gateway = edge.gateway
     relay, app = worker.app(gateway)
-    server = edge.server(app, gateway)
+    server = edge.server(relay, app, gateway)
     await server.start()
     try:
         with anyio.open_signal_receiver(signal.SIGHUP) as signals:
@@ -223,7 +227,7 @@ async def _serve_generations(edge: _Edge, worker: _Worker) -> None:
                     gateway = fresh
                     old_relay, old = relay, server
                     relay, app = worker.app(gateway)
-                    server = edge.server(app, gateway)
+                    server = edge.server(relay, app, gateway)
                     await server.start()
                     old_relay.draining = True
                     draining.start_soon(partial(old.drain, drain_s_max=gateway.reload_s_max))

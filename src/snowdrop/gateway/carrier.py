@@ -78,6 +78,25 @@ class Carrier:
             if self._finished is not None:
                 self._finished(call, error)
 
+    async def attended(
+        self, call: Call, attempt: Callable[[Lease], Awaitable[tuple[T, SnowdropError | None]]]
+    ) -> T:
+        """For what is no request with an answer: waits for a slot, runs `attempt` under its lease, reports it.
+
+        `attempt` gives its result, and the error that it has told its caller by itself.
+        """
+        error: SnowdropError | None = None
+        begin_call_trace(call, sample_ratio=self._trace_sample_ratio)
+        try:
+            result, error = await self.with_slot(call, attempt)
+        except SnowdropError as raised:
+            error = raised
+            raise
+        finally:
+            if self._finished is not None:
+                self._finished(call, error)
+        return result
+
     async def with_slot(self, call: Call, attempt: Callable[[Lease], Awaitable[T]], sink: Sink | None = None) -> T:
         """Waits for a slot and runs `attempt` under its lease; the slot is given back when it ends.
 

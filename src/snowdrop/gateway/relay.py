@@ -15,11 +15,13 @@ from snowdrop.domain.ids import DeploymentName
 from snowdrop.gateway.bodies import IncomingBody
 from snowdrop.gateway.call import Body, Call, Caller, CallerGoneError
 from snowdrop.gateway.carrier import HOP_BY_HOP, Carrier, without
+from snowdrop.gateway.edge.websocket import Websocket, wants_websocket
 from snowdrop.gateway.httpsink import HttpSink, error_response
 from snowdrop.gateway.preferences import Preferences, read_preferences
 from snowdrop.tenancy.keys import bearer, key_sha256
 
 REQUEST_ID_CHARS_MAX = 128
+WEBSOCKET_IDLE_S_MAX = 3_600.0
 # The key is for the gateway; a tenant's code never sees it.
 DROPPED_UP = HOP_BY_HOP | {"authorization", "host", "content-length", "expect"}
 
@@ -32,11 +34,15 @@ _labels = Random()  # noqa: S311 -- seeded from the system's randomness; makes l
 class Relay:
     """Relays for one worker process."""
 
-    def __init__(self, carrier: Carrier, *, request_bytes_max: int) -> None:
+    def __init__(
+        self, carrier: Carrier, *, request_bytes_max: int, websocket_idle_s_max: float = WEBSOCKET_IDLE_S_MAX
+    ) -> None:
         self.carrier = carrier
+        self._websocket_idle_s_max = websocket_idle_s_max
         self.request_bytes_max = request_bytes_max
         self.respond_async: RespondAsync | None = None
         self.draining = False
+        self._websockets: set[Websocket] = set()
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """The handler for `/{deployment}/{path}`. Errors become typed answers; cancellation passes through."""
@@ -57,6 +63,8 @@ class Relay:
                 arrived_unix_ns=arrived_unix_ns,
                 asked=asked,
             )
+            if hdrs.UPGRADE in request.headers and wants_websocket(request):
+                return await self._converse(request, call)
             if asked.respond_async and self.respond_async is not None:
                 return await self.respond_async(request, call)
             extra = asked.applied
@@ -70,6 +78,19 @@ class Relay:
             # The next request on this connection is for whoever takes over.
             sink.response.force_close()
         return sink.response
+
+    async def _converse(self, request: web.Request, call: Call) -> web.StreamResponse:
+        websocket = Websocket(self.carrier, request, call, idle_s_max=self._websocket_idle_s_max)
+        self._websockets.add(websocket)
+        try:
+            return await websocket.run()
+        finally:
+            self._websockets.discard(websocket)
+
+    def cut(self) -> None:
+        """The time of what is still open is over: says so where it can be said."""
+        for websocket in tuple(self._websockets):
+            websocket.cut()
 
 
 def make_call(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from ssl import SSLContext
 
 import anyio
+import anyio.lowlevel
 import msgspec
 from aiohttp import web
 
@@ -17,7 +18,9 @@ BACKLOG = 1024
 KEEPALIVE_S = 75.0
 LINGER_S = 5.0
 """After a reload, idle connections stay open for so long: a request may be on its way. Its answer closes them."""
-DRAIN_TICK_S = 0.05
+DRAIN_TICK_S = 0.02
+CUT_S_MAX = 0.5
+"""What those get that are still open when their time is over; not 0, which would be no bound to aiohttp."""
 # Requests make few cycles; looking for them after every 700 new objects cost about a tenth of the throughput.
 COLLECT_AFTER_OBJECTS = 20_000
 COLLECT_OLDER_EVERY = 20
@@ -31,17 +34,30 @@ class Listening(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EdgeServer:
-    """`start`, then `stop`. The listening sockets stay open, so that no connection is refused in between."""
+    """`start`, then `stop`. The listening sockets stay open, so that no connection is refused in between.
 
-    def __init__(self, app: web.Application, listening: Sequence[Listening], *, shutdown_s_max: float) -> None:
+    `cut` is called when the time of those that are still open is over, before their connections are closed.
+    """
+
+    def __init__(
+        self,
+        app: web.Application,
+        listening: Sequence[Listening],
+        *,
+        shutdown_s_max: float,
+        cut: Callable[[], None] | None = None,
+    ) -> None:
         self._listening = listening
         self._stopped = False
+        self._shutdown_s_max = shutdown_s_max
+        self._cut = cut
         self._runner = web.AppRunner(
             app,
             access_log=None,
             # A client that goes away cancels its handler, which cancels the work in the replica.
             handler_cancellation=True,
-            shutdown_timeout=shutdown_s_max,
+            # We wait ourselves, before: aiohttp drops what clients send while it waits, uploads and all.
+            shutdown_timeout=CUT_S_MAX,
             keepalive_timeout=KEEPALIVE_S,
         )
 
@@ -60,38 +76,53 @@ class EdgeServer:
         self._stopped = True
         # We are being stopped, which cancels whatever waits: requests in flight get their time all the same.
         with anyio.CancelScope(shield=True):
+            await self._accept_nothing()
+            await self._until_empty(0.0, self._shutdown_s_max)
+            if self._cut is not None:
+                self._cut()
+                await anyio.lowlevel.checkpoint()
             await self._runner.cleanup()
 
     async def drain(self, *, drain_s_max: float) -> None:
         """As `stop`, for one that is replaced: idle connections get LINGER_S, streams `drain_s_max`."""
         try:
-            for site in list(self._runner.sites):
-                await site.stop()
-            server = self._runner.server
-            if server is not None:
-                await _until_empty(server, min(LINGER_S, drain_s_max))
-                server.pre_shutdown()
-                await _until_empty(server, drain_s_max)
+            await self._accept_nothing()
+            await self._until_empty(min(LINGER_S, drain_s_max), drain_s_max)
         finally:
             await self.stop()
 
+    async def _accept_nothing(self) -> None:
+        for site in list(self._runner.sites):
+            await site.stop()
+
+    async def _until_empty(self, linger_s: float, s_max: float) -> None:
+        """Returns when no connection is left, or at the bound. Idle ones are closed after `linger_s`."""
+        server = self._runner.server
+        began_s = time.monotonic()
+        while server is not None and server.connections and time.monotonic() < began_s + s_max:
+            if time.monotonic() >= began_s + linger_s:
+                for connection in server.connections:
+                    if connection._current_request is None:  # noqa: SLF001 -- nothing public tells idle from busy
+                        connection.close()
+            await anyio.sleep(DRAIN_TICK_S)
+
 
 @asynccontextmanager
-async def serving(app: web.Application, listener: socket.socket, *, shutdown_s_max: float) -> AsyncIterator[None]:
+async def serving(
+    app: web.Application,
+    listener: socket.socket,
+    *,
+    shutdown_s_max: float,
+    cut: Callable[[], None] | None = None,
+) -> AsyncIterator[None]:
     """Serves on one socket while inside, and closes it."""
     with listener:
-        server = EdgeServer(app, [Listening(socket=listener)], shutdown_s_max=shutdown_s_max)
+        server = EdgeServer(app, [Listening(socket=listener)], shutdown_s_max=shutdown_s_max, cut=cut)
         await server.start()
         try:
             yield
         finally:
             await server.stop()
-
-
-async def _until_empty(server: web.Server, s_max: float) -> None:
-    limit_s = time.monotonic() + s_max
-    while server.connections and time.monotonic() < limit_s:  # noqa: ASYNC110 -- aiohttp says it to nobody
-        await anyio.sleep(DRAIN_TICK_S)
 
 
 def spare_collector() -> None:
