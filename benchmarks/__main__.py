@@ -6,7 +6,7 @@ import importlib
 import sys
 
 # One line a benchmark: its name is its module's.
-NAMES = ("cold_start", "gateway", "weights_dedupe", "weights_local", "weights_origin")
+NAMES = ("burst", "cold_start", "gateway", "weights_dedupe", "weights_local", "weights_origin")
 
 
 def main() -> int:

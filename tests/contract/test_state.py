@@ -21,6 +21,7 @@ from snowdrop.policy.idle import Gaps, note_gap
 from snowdrop.state.memory import MemoryState
 from snowdrop.state.port import KeyRecord, StateStore
 from snowdrop.state.sqlite import SqliteState
+from snowdrop.wire.waits import WaitRecord
 
 pytestmark = pytest.mark.anyio
 OTHER = TenantId("other")
@@ -321,6 +322,18 @@ def decision(
     )
 
 
+def wait(request: str, *, ended: int, tenant: TenantId = DEFAULT_TENANT) -> WaitRecord:
+    return WaitRecord(
+        request_id=request,
+        tenant=tenant,
+        deployment=NAME,
+        arrived_unix_ns=0,
+        ended_unix_ns=ended,
+        outcome="granted",
+        reason="no replica is ready",
+    )
+
+
 class TestScaling:
     async def test_decisions_come_back_newest_first_with_all_they_were_made_from(self, state: StateStore) -> None:
         for unix_ns in (20, 10, 30):
@@ -335,7 +348,7 @@ class TestScaling:
         for unix_ns in range(1, 8):
             await state.scaling.put_decision(decision(unix_ns))
         await state.scaling.put_decision(decision(1, name="quiet"))
-        await state.scaling.trim(decisions_max=3)
+        await state.scaling.trim(decisions_max=3, waits_max=1)
         kept = await state.scaling.list_decisions(DEFAULT_TENANT, NAME, since_unix_ns=0, limit=10)
         assert [record.unix_ns for record in kept] == [7, 6, 5]
         assert await state.scaling.list_decisions(
@@ -349,3 +362,15 @@ class TestScaling:
         await state.scaling.put_learned(DEFAULT_TENANT, NAME, learned)
         assert await state.scaling.get_learned(DEFAULT_TENANT, NAME) == learned
         assert await state.scaling.get_learned(OTHER, NAME) is None
+
+    async def test_waits_are_found_by_request_and_the_oldest_are_dropped(self, state: StateStore) -> None:
+        waits = [wait(f"req-{n}", ended=n) for n in range(1, 6)]
+        await state.scaling.put_waits((*waits, wait("req-9", ended=9, tenant=OTHER)))
+        await state.scaling.put_waits((wait("req-2", ended=7),))
+        found = await state.scaling.get_waits(DEFAULT_TENANT, NAME, request_id="req-2", limit=10)
+        assert [w.ended_unix_ns for w in found] == [7, 2]
+        await state.scaling.trim(decisions_max=1, waits_max=3)
+        found = await state.scaling.get_waits(DEFAULT_TENANT, NAME, request_id=None, limit=10)
+        assert [w.ended_unix_ns for w in found] == [7, 5]
+        assert len(await state.scaling.get_waits(OTHER, NAME, request_id="req-9", limit=10)) == 1
+        assert await state.scaling.get_waits(DEFAULT_TENANT, NAME, request_id="req-9", limit=10) == []

@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from snowdrop import __version__
-from snowdrop.cli import deployments, dev, gateway, keys, models, mounts, platform, receipts, rollouts, store
+from snowdrop.cli import (
+    deployments,
+    dev,
+    gateway,
+    keys,
+    models,
+    mounts,
+    platform,
+    receipts,
+    rollouts,
+    scaling,
+    store,
+    why,
+)
 from snowdrop.cli.output import Globals
 
 app = typer.Typer(
@@ -51,7 +64,8 @@ app.add_typer(store.app, name="store")
 app.command()(deployments.deploy)
 app.command()(deployments.ps)
 app.command()(deployments.describe)
-app.command()(deployments.scale)
+app.command()(scaling.scale)
+app.command()(why.why)
 app.command()(deployments.delete)
 app.command()(deployments.logs)
 app.command()(deployments.call)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import math
 import sys
 import time
 from datetime import UTC, datetime
@@ -37,10 +36,10 @@ from snowdrop.domain.errors import InvalidInputError, NotFoundError, PlatformDow
 from snowdrop.domain.ids import TenantId, parse_name
 from snowdrop.domain.replica import ReplicaReport
 from snowdrop.domain.rollout import RolloutStep, parse_steps
-from snowdrop.domain.service import Scale, ServiceSpec
+from snowdrop.domain.service import ServiceSpec
 from snowdrop.sdk.environment import check_requirements
 from snowdrop.sdk.inspect import describe_service
-from snowdrop.wire.api import Deploy, Deployed, DeploymentView, Description, Info, SetScale
+from snowdrop.wire.api import Deploy, Deployed, DeploymentView, Description, Info
 
 DELETE_S_MAX = 60.0
 CALL_S_MAX = 3_600.0
@@ -141,26 +140,6 @@ def describe(name: str, json: JsonFlag = False) -> None:
             say_json(found)
             return
         _print_description(found)
-
-
-def scale(
-    name: str,
-    minimum: Annotated[int | None, typer.Option("--min", help="Replicas kept even without load.")] = None,
-    maximum: Annotated[int | None, typer.Option("--max", help="Replicas never exceeded.")] = None,
-    idle_s: Annotated[float | None, typer.Option(help="Seconds without a request before all go.")] = None,
-    json: JsonFlag = False,
-) -> None:
-    """Change how far a deployment scales; also gives a crash-looping revision another chance."""
-    with reported():
-        ctx = context(json=json)
-        if idle_s is not None and not math.isfinite(idle_s):
-            raise InvalidInputError(f"{idle_s} is not a number of seconds", where="--idle-s")
-        body = SetScale(min=minimum, max=maximum, idle_s=idle_s)
-        result = ctx.client.send(Scale, "PATCH", "deployments", name, "scale", body=body)
-        if ctx.json:
-            say_json(result)
-        else:
-            console.print(f"{name}: {result.min} to {result.max} replicas, idle after {result.idle_s:g} s")
 
 
 def delete(name: str, json: JsonFlag = False) -> None:

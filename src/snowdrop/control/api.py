@@ -16,6 +16,7 @@ from snowdrop.control.peers import Peers
 from snowdrop.control.rollout_api import RolloutApi
 from snowdrop.control.store_api import StoreApi, pass_to_agent
 from snowdrop.control.views import deployment_view, describe
+from snowdrop.control.why_api import WhyApi
 from snowdrop.domain.errors import InvalidInputError, NotFoundError, SnowdropError
 from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, ModelName, ReceiptId, TenantId, parse_name
 from snowdrop.state.port import KeyRecord
@@ -98,6 +99,7 @@ class Api:
                 web.delete("/v1/deployments/{name}", self._delete),
                 web.get("/v1/deployments/{name}/logs", self._logs),
                 *RolloutApi(self._loop, self._deploying).routes(),
+                *WhyApi(self._loop).routes(),
                 web.get("/v1/receipts", self._list_receipts),
                 web.get("/v1/receipts/{id}", self._get_receipt),
                 web.get("/v1/usage", self._usage),

@@ -11,11 +11,11 @@ from snowdrop.control import rollouts
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.origin_roots import OriginRoots
 from snowdrop.domain.deployment import BoundModel, Deployment, ModelRecord, Revision
-from snowdrop.domain.errors import ConflictError, NotFoundError
+from snowdrop.domain.errors import ConflictError, InvalidInputError, NotFoundError
 from snowdrop.domain.ids import DeploymentName, ModelName, RevisionId, TenantId, fresh_id, parse_name
 from snowdrop.domain.replica import ReplicaState
 from snowdrop.domain.rollout import Rollout, RolloutPhase, RolloutSpec
-from snowdrop.domain.service import Scale
+from snowdrop.domain.scale import Scale, ScaleBounds
 from snowdrop.policy import rollout
 from snowdrop.wire.api import Deploy, PutModel, SetScale
 
@@ -131,15 +131,14 @@ class Deploying:
 
     async def scale(self, tenant: TenantId, name: str, body: SetScale) -> Scale:
         """Overrides the revision's scale; also gives a crash-looping revision another chance."""
+        if body.revision is not None:
+            return await self._bound_revision(tenant, name, body.revision, body)
         changes = {k: v for k, v in msgspec.structs.asdict(body).items() if v is not None}
         wanted = Scale()
 
         async def scaled(stored: Deployment) -> Deployment:
             nonlocal wanted
-            before = stored.scale
-            if before is None:
-                revision = await self._state.get_revision(tenant, stored.name, stored.revision)
-                before = revision.spec.scale if revision is not None else Scale()
+            before = await self._scale_of(stored)
             if "min" in changes and "max" not in changes and changes["min"] > before.max:
                 changes["max"] = changes["min"]
             wanted = msgspec.structs.replace(before, **changes)
@@ -147,6 +146,40 @@ class Deploying:
 
         await self.change(tenant, name, scaled)
         return wanted
+
+    async def _bound_revision(self, tenant: TenantId, name: str, revision: RevisionId, body: SetScale) -> Scale:
+        """Bounds of one revision; without any, those it had are taken away."""
+        others = (body.idle_s, body.buffer, body.idle, body.wait_price, body.target, body.schedules)
+        if any(other is not None for other in others):
+            raise InvalidInputError(
+                "a revision has only a minimum and a maximum of its own",
+                where=f"revision {revision}",
+                next_step="give the rest without a revision: it holds for the whole deployment",
+            )
+        if await self._state.get_revision(tenant, DeploymentName(name), revision) is None:
+            raise NotFoundError(
+                f"{name!r} has no revision {revision!r}",
+                where="revision",
+                next_step=f"`snowdrop revisions {name}` lists them",
+            )
+        wanted = Scale()
+
+        async def bounded(stored: Deployment) -> Deployment:
+            nonlocal wanted
+            wanted = await self._scale_of(stored)
+            bounds = {known: kept for known, kept in stored.revision_bounds.items() if known != revision}
+            if body.min is not None or body.max is not None:
+                bounds[revision] = ScaleBounds(min=body.min, max=body.max)
+            return msgspec.structs.replace(stored, revision_bounds=bounds)
+
+        await self.change(tenant, name, bounded)
+        return wanted
+
+    async def _scale_of(self, stored: Deployment) -> Scale:
+        if stored.scale is not None:
+            return stored.scale
+        revision = await self._state.get_revision(stored.tenant, stored.name, stored.revision)
+        return revision.spec.scale if revision is not None else Scale()
 
     async def delete(self, tenant: TenantId, name: str) -> None:
         """Replicas drain first; the deployment is gone when the last one has ended."""

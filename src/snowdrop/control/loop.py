@@ -95,6 +95,8 @@ class ControlLoop:
         loads = self.world.gateways.get(report.gateway)
         if loads is None:
             return
+        if report.waits:
+            self._record_waits(report)
         first = not loads
         for load in report.loads:
             key = (load.tenant, load.deployment)
@@ -290,6 +292,14 @@ class ControlLoop:
             await store.put_learned(kept.tenant, kept.deployment, learned)
 
         self.recorder.add(f"decision on {made.tenant}/{made.deployment}", write)
+
+    def _record_waits(self, report: LoadReport) -> None:
+        store = self.state.scaling
+
+        async def write() -> None:
+            await store.put_waits(report.waits)
+
+        self.recorder.add(f"{len(report.waits)} waits told by {report.gateway}", write)
 
     async def _restore_scaling(self, entry: DeploymentEntry) -> None:
         """What an earlier life of control learned: start-up times from receipts, the rest as it was kept."""

@@ -62,7 +62,7 @@ class Recorder:
 
         async def trim() -> None:
             await state.trim(receipts_max=settings.receipts_kept_max, replicas_max=settings.replicas_kept_max)
-            await state.scaling.trim(decisions_max=settings.decisions_kept_max)
+            await state.scaling.trim(decisions_max=settings.decisions_kept_max, waits_max=settings.waits_kept_max)
 
         while True:
             self.add("trimming", trim)

@@ -55,7 +55,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The reconcile loop; how many receipts, ended replicas, and scaling decisions of each deployment are kept.
+    """The reconcile loop; how many receipts, ended replicas, waits, and decisions of each deployment are kept.
 
     With `make_room` a start that finds no room takes that of replicas of other deployments that have been without
     a request for `make_room_idle_s`.
@@ -66,6 +66,7 @@ class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
     receipts_kept_max: Count = 10_000
     replicas_kept_max: Count = 10_000
     decisions_kept_max: Count = 1_000
+    waits_kept_max: Count = 10_000
     make_room: bool = True
     make_room_idle_s: Bound = 1.0
 

@@ -6,7 +6,7 @@ first column of every key.
 
 from __future__ import annotations
 
-from snowdrop.state.sqlite_scaling import SCALING_TABLES
+from snowdrop.state.sqlite_scaling import SCALING_TABLES, WAIT_TABLES
 from snowdrop.state.sqlite_tasks import TASK_TABLES
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -58,4 +58,5 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     TASK_TABLES,
     SCALING_TABLES,
+    WAIT_TABLES,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from snowdrop.domain.deployment import ModelRecord, NodeRecord, Revision
@@ -11,7 +13,8 @@ from snowdrop.domain.manifest import ArtefactRef
 from snowdrop.domain.origin import OriginOptions
 from snowdrop.domain.replica import ReplicaReport
 from snowdrop.domain.rollout import Rollout
-from snowdrop.domain.service import Scale, ServiceSpec
+from snowdrop.domain.scale import Scale, Schedule
+from snowdrop.domain.service import ServiceSpec
 
 TENANT_HEADER = "x-snowdrop-tenant"
 """Whoever can open control's socket runs the platform, and may act for any tenant."""
@@ -84,11 +87,17 @@ class Deployed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SetScale(msgspec.Struct, frozen=True, kw_only=True):
-    """Fields left out stay as they are."""
+    """Fields left out stay as they are. With `revision`, `min` and `max` bound that revision only."""
 
     min: int | None = None
     max: int | None = None
     idle_s: float | None = None
+    buffer: int | None = None
+    idle: Literal["fixed", "auto"] | None = None
+    wait_price: float | None = None
+    target: float | None = None
+    schedules: tuple[Schedule, ...] | None = None
+    revision: RevisionId | None = None
 
 
 class Rollback(msgspec.Struct, frozen=True, kw_only=True):
