@@ -5,8 +5,8 @@ schedule* knows the whole burst in advance: it starts all 8 replicas with the fi
 exactly 2 s, and a slot that is free takes the oldest request at once. A burst *needs* n replicas if n are the
 fewest with which even an ideal schedule ends within 1.3 times that.
 
-`fresh` rounds are the first requests that their deployment ever gets; in `known` ones the platform has seen a start
-and a few requests before.
+`fresh` rounds are the first requests that their deployment ever gets; in `known` ones the platform has seen a
+start and a few requests before.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -23,6 +24,8 @@ from benchmarks import harness
 from benchmarks.harness import Bar, Contestant, Metric, Results, Round
 from benchmarks.running import Platform, running_platform
 from benchmarks.services.burst.service import SERVICE_S, START_S
+from snowdrop.cli.client import Client
+from snowdrop.wire.api import Description
 
 SERVICE = Path(__file__).parent / "services" / "burst" / "service.py"
 SLOTS = 4
@@ -114,7 +117,9 @@ class Bursts:
 
     def __init__(self, platform: Platform) -> None:
         self._platform = platform
+        self._client = Client(platform.layout, "default")
         self._deployed = 0
+        self._is_known = False
 
     def round(self, scene: Scene) -> Round:
         name = self._name(scene)
@@ -122,11 +127,11 @@ class Bursts:
         arrivals_s = scene.arrivals_s()
         since_unix_ns = time.time_ns()
         answers = asyncio.run(burst(self._platform.gateway, name, arrivals_s))
-        found = self._platform.describe(name)
+        found = self._client.get(Description, "deployments", name)
         reports = {report.key.replica: report for report in (*found.replicas, *found.recent)}
         started = sum(1 for report in reports.values() if report.started_unix_ns >= since_unix_ns)
         if scene.fresh:
-            self._platform.command("delete", name)
+            self._client.delete("deployments", name)
         return {
             "lost": float(sum(1 for status in answers.statuses if status != 200)),
             "server_errors": float(sum(1 for status in answers.statuses if status >= 500)),
@@ -142,14 +147,17 @@ class Bursts:
             name = f"burst-{self._deployed}"
             self._platform.command("deploy", str(SERVICE), "--name", name)
             return name
-        if not any(view["name"] == "burst" for view in msgspec.json.decode(self._platform.command("ps"))):
+        if not self._is_known:
+            self._is_known = True
             self._platform.command("deploy", str(SERVICE), "--name", "burst")
             asyncio.run(burst(self._platform.gateway, "burst", [0.0, 0.1, 0.2, 0.3]))
         return "burst"
 
     def _until_zero(self, name: str) -> None:
         limit_s = time.monotonic() + ZERO_S_MAX
-        while (view := self._platform.describe(name).view).ready + view.starting + view.draining:
+        while (
+            (view := self._client.get(Description, "deployments", name).view).ready + view.starting + view.draining
+        ):
             if time.monotonic() > limit_s:
                 raise TimeoutError(f"{name} did not go to zero")
             time.sleep(0.2)
@@ -186,7 +194,7 @@ def main() -> None:
         contestants = [
             Contestant(
                 name=f"ideal-{scene.name}",
-                run=lambda scene=scene: ideal_round(scene),
+                run=partial(ideal_round, scene),
                 note="computed: all 8 replicas with the first request",
             )
             for scene in SCENES
@@ -194,7 +202,7 @@ def main() -> None:
         contestants += [
             Contestant(
                 name=scene.name,
-                run=lambda scene=scene: bursts.round(scene),
+                run=partial(bursts.round, scene),
                 note=f"{scene.requests} requests in {scene.spread_s:g} s from zero",
             )
             for scene in SCENES

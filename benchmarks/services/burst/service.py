@@ -1,4 +1,4 @@
-"""A service whose work and start are sleeps: what a burst measures is queue, scaling and starts, not processors."""
+"""A service whose work and start are sleeps: what is measured is queue, scaling and starts, not processors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SERVICE_S = 0.2
 
 @sd.service(
     concurrency=4,
-    scale=sd.Scale(min=0, max=8, idle_s=1.0, stable_window_s=10.0, panic_window_s=2.0),
+    scale=sd.Scale(min=0, max=8, idle_s=1.0),
     queue=sd.QueueSpec(length_max=10_000, wait_s_max=120.0),
     resources=sd.ResourceSpec(memory_bytes_max=128 << 20, tmp_bytes_max=16 << 20),
 )

@@ -111,7 +111,6 @@ def latest(entry: DeploymentEntry, *, now_unix_ns: int) -> ScalingRecord | None:
     memory = entry.scaling
     if memory.signals is None or entry.decision is None:
         return None
-    short = entry.decision.desired > memory.signals.capacity
     return ScalingRecord(
         tenant=entry.deployment.tenant,
         deployment=entry.deployment.name,
@@ -119,8 +118,16 @@ def latest(entry: DeploymentEntry, *, now_unix_ns: int) -> ScalingRecord | None:
         unix_ns=now_unix_ns,
         signals=memory.signals,
         decision=entry.decision,
-        note=(str(entry.health) if entry.health_reason else entry.placement_reason) if short else "",
+        note=short(entry),
     )
+
+
+def short(entry: DeploymentEntry) -> str:
+    """Why there are fewer replicas than decided, if something is in the way."""
+    signals = entry.scaling.signals
+    if entry.decision is None or signals is None or entry.decision.desired <= signals.capacity:
+        return ""
+    return entry.health_reason or (entry.placement_reason if entry.scaling.wants_room else "")
 
 
 def _bounds(entry: DeploymentEntry, now_unix_s: float) -> autoscale.Bounds:

@@ -10,7 +10,7 @@ from aiohttp import web
 from snowdrop.control import scaling
 from snowdrop.control.deploying import unknown_deployment
 from snowdrop.control.loop import ControlLoop
-from snowdrop.control.world import DeploymentEntry, DeploymentKey
+from snowdrop.control.world import DeploymentKey
 from snowdrop.domain.errors import InvalidInputError, NotFoundError
 from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, TenantId
 from snowdrop.policy.autoscale.explain import alternatives
@@ -53,7 +53,7 @@ class WhyApi:
             scale=entry.scale,
             now=now,
             alternatives=alternatives(now.signals) if now is not None else (),
-            short=_short(entry),
+            short=scaling.short(entry),
             replicas=self._replicas(key),
             start_high_s=learned.start_high_s,
             starts_seen=len(learned.starts_s),
@@ -100,13 +100,6 @@ class WhyApi:
             )
             for name, replica in world.replicas_of(key)
         )
-
-
-def _short(entry: DeploymentEntry) -> str:
-    signals = entry.scaling.signals
-    if entry.decision is None or signals is None or entry.decision.desired <= signals.capacity:
-        return ""
-    return entry.health_reason or entry.placement_reason
 
 
 def _key(request: web.Request) -> DeploymentKey:

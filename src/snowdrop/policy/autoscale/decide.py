@@ -204,8 +204,13 @@ def judge(signals: Signals) -> AutoscaleDecision:
     if panicking or (signals.hold > 0 and panic > signals.hold):
         hold, holds_anew = max(hold, panic), panicking
     burst, burst_reason = _burst_want(signals)
-    if burst > max(signals.capacity, 0):
+    if burst > signals.capacity:
         hold, holds_anew = max(hold, burst), True
+    elif hold > 0 and signals.queued > 0:
+        holds_anew = True  # the burst is not over: its time begins when nobody waits
+    if want < min(panic, signals.capacity):
+        want, rule = min(panic, signals.capacity), "panic-window"
+        reason = f"{signals.panic_load:.1f} in flight over {signals.panic_window_s:g} s: too early for fewer"
     if hold > want:
         want, rule, reason = hold, *_hold_reason(signals, panic=panic, panicking=panicking)
     if burst > 0 and burst >= want:

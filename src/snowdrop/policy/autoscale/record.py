@@ -30,7 +30,7 @@ def is_worth_keeping(last: ScalingRecord | None, new: ScalingRecord) -> bool:
     if last is None:
         return True
     age_s = (new.unix_ns - last.unix_ns) / 1e9
-    if (new.decision.desired, new.note) != (last.decision.desired, last.note) or age_s < 0:
+    if new.decision.desired != last.decision.desired or bool(new.note) != bool(last.note) or age_s < 0:
         return True
     if _shape(new) != _shape(last):
         return age_s >= RECORD_S_MIN
