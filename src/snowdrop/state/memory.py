@@ -14,6 +14,7 @@ from snowdrop.domain.usage import UsageRecord, UsageTotal
 from snowdrop.state.memory_scaling import MemoryScaling
 from snowdrop.state.memory_tasks import MemoryTasks
 from snowdrop.state.port import KeyRecord
+from snowdrop.state.secrets import MemorySecrets
 
 
 class MemoryState:
@@ -30,6 +31,7 @@ class MemoryState:
         self._keys: dict[tuple[TenantId, str], KeyRecord] = {}
         self.tasks = MemoryTasks()
         self.scaling = MemoryScaling()
+        self.secrets = MemorySecrets()
 
     async def put_model(self, record: ModelRecord) -> None:
         key = (record.tenant, record.name)

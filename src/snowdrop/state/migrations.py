@@ -6,6 +6,7 @@ first column of every key.
 
 from __future__ import annotations
 
+from snowdrop.state.secrets import SECRET_TABLES
 from snowdrop.state.sqlite_scaling import SCALING_TABLES, WAIT_TABLES
 from snowdrop.state.sqlite_tasks import TASK_TABLES
 
@@ -59,4 +60,5 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     TASK_TABLES,
     SCALING_TABLES,
     WAIT_TABLES,
+    SECRET_TABLES,
 )

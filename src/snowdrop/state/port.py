@@ -17,6 +17,7 @@ from snowdrop.domain.ref import Seen
 from snowdrop.domain.replica import ReplicaReport
 from snowdrop.domain.usage import UsageRecord, UsageTotal
 from snowdrop.state.scaling import ScalingStore
+from snowdrop.state.secrets import SecretStore
 from snowdrop.state.tasks import TaskStore
 
 LIST_MAX = 10_000
@@ -39,6 +40,8 @@ class StateStore(Protocol):
     def tasks(self) -> TaskStore: ...
     @property
     def scaling(self) -> ScalingStore: ...
+    @property
+    def secrets(self) -> SecretStore: ...
 
     async def put_model(self, record: ModelRecord) -> None:
         """Stores it and remembers its generation, for ever. ConflictError if a newer one was stored before,

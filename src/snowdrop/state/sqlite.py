@@ -24,6 +24,7 @@ from snowdrop.domain.usage import UsageRecord, UsageTotal
 from snowdrop.state.memory import stale_deployment, stale_model
 from snowdrop.state.migrations import MIGRATIONS
 from snowdrop.state.port import LIST_MAX, KeyRecord
+from snowdrop.state.secrets import SqliteSecrets
 from snowdrop.state.sqlite_scaling import SqliteScaling
 from snowdrop.state.sqlite_tasks import SqliteTasks
 
@@ -68,6 +69,7 @@ class SqliteState:
         self._one = anyio.CapacityLimiter(1)
         self.tasks = SqliteTasks(self._transaction)
         self.scaling = SqliteScaling(self._transaction)
+        self.secrets = SqliteSecrets(self._transaction)
 
     @classmethod
     async def open(cls, path: Path) -> SqliteState:
