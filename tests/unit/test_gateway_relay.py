@@ -27,7 +27,7 @@ from snowdrop.gateway.relay import Relay
 from snowdrop.gateway.upstream.pool import Upstreams
 from snowdrop.tenancy.keys import key_sha256
 from snowdrop.wire.http import serving_unix
-from snowdrop.wire.slots import Granted
+from snowdrop.wire.slots import Granted, Outcome
 
 pytestmark = pytest.mark.anyio
 WAIT_S_MAX = 10.0
@@ -71,10 +71,10 @@ class Broker:
         self.out[number] = granted
         return granted
 
-    def release(self, granted: Granted) -> None:
+    def release(self, granted: Granted, outcome: Outcome | None = None) -> None:
         del self.out[granted.lease]  # KeyError: given back twice
 
-    def unreachable(self, granted: Granted, message: str) -> None:
+    def unreachable(self, granted: Granted, message: str, outcome: Outcome | None = None) -> None:
         del self.out[granted.lease]
         self.unreached.append(message)
 

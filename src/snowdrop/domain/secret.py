@@ -22,12 +22,9 @@ class SecretValue(msgspec.Struct, frozen=True):
     def __repr__(self) -> str:
         return "SecretValue(***)"
 
-    def __rich_repr__(self) -> list[str]:
-        return ["***"]
-
 
 class SecretRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A secret as it is stored: its own key, wrapped with the platform's key `key_id`, and what that key sealed."""
+    """A secret as it is stored: its own key, wrapped with the platform's key `key_id`, and what it sealed."""
 
     tenant: TenantId
     name: str

@@ -30,6 +30,7 @@ from snowdrop.wire.slots import (
     Granted,
     Look,
     Looked,
+    Outcome,
     ReleaseLease,
     ReportCounts,
     ReportServed,
@@ -71,8 +72,8 @@ class Broker(Protocol):
         """The deployments of the key's tenant that speak OpenAI's dialect. Raises UnauthorisedError."""
         ...
 
-    def release(self, granted: Granted) -> None: ...
-    def unreachable(self, granted: Granted, message: str) -> None: ...
+    def release(self, granted: Granted, outcome: Outcome | None = None) -> None: ...
+    def unreachable(self, granted: Granted, message: str, outcome: Outcome | None = None) -> None: ...
     def served(self, receipt: ReceiptId, caller: CallerTimes) -> None: ...
 
 
@@ -166,6 +167,7 @@ def _asks(call: Call, ticket: int) -> Acquire:
         dialect=call.dialect,
         parent_lease=call.caller.parent_lease,
         from_replica=call.caller.replica,
+        revision=call.revision,
     )
 
 
@@ -223,11 +225,11 @@ class LocalBroker:
         else:
             self._tickets.answer(message)
 
-    def release(self, granted: Granted) -> None:
-        self._owner.release(granted.lease)
+    def release(self, granted: Granted, outcome: Outcome | None = None) -> None:
+        self._owner.release(granted.lease, outcome)
 
-    def unreachable(self, granted: Granted, message: str) -> None:
-        self._owner.unreachable(granted.lease, message)
+    def unreachable(self, granted: Granted, message: str, outcome: Outcome | None = None) -> None:
+        self._owner.unreachable(granted.lease, message, outcome)
 
     def served(self, receipt: ReceiptId, caller: CallerTimes) -> None:
         self._owner.served(receipt, caller)
@@ -311,11 +313,11 @@ class RemoteBroker:
         finally:
             self._tickets.close(ticket)
 
-    def release(self, granted: Granted) -> None:
-        self._say(ReleaseLease(lease=granted.lease))
+    def release(self, granted: Granted, outcome: Outcome | None = None) -> None:
+        self._say(ReleaseLease(lease=granted.lease, outcome=outcome))
 
-    def unreachable(self, granted: Granted, message: str) -> None:
-        self._say(ReportUnreachable(lease=granted.lease, message=message))
+    def unreachable(self, granted: Granted, message: str, outcome: Outcome | None = None) -> None:
+        self._say(ReportUnreachable(lease=granted.lease, message=message, outcome=outcome))
 
     def served(self, receipt: ReceiptId, caller: CallerTimes) -> None:
         self._say(ReportServed(receipt=receipt, caller=caller))

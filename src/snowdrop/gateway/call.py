@@ -98,6 +98,7 @@ class Call(msgspec.Struct, kw_only=True):
     dialect: str = ""
     trace: TraceContext | None = None
     attempt: int = 0
+    revision: str = ""
     granted: Granted | None = None
     status: int = 0
     first_byte_unix_ns: int = 0

@@ -25,9 +25,10 @@ from snowdrop.gateway.finished import begin_call_trace
 from snowdrop.gateway.news import NewsBox
 from snowdrop.gateway.upstream.connection import BrokenError, UnconnectedError
 from snowdrop.gateway.upstream.pool import Exchange, Upstreams
-from snowdrop.wire.slots import Granted
+from snowdrop.wire.slots import Granted, Outcome
 
 ATTEMPTS_MAX = 5
+HTTP_FAILED = 500
 
 # RFC 9110, section 7.6.1: connection-level headers that an intermediary does not pass on.
 HOP_BY_HOP = frozenset(
@@ -145,23 +146,24 @@ class Carrier:
 class Lease:
     """A granted slot, given back exactly once."""
 
-    __slots__ = ("_broker", "_held", "granted")
+    __slots__ = ("_broker", "_held", "granted", "outcome")
 
     def __init__(self, broker: Broker, granted: Granted) -> None:
         self._broker = broker
         self._held = True
         self.granted = granted
+        self.outcome: Outcome | None = None
 
     def release(self) -> None:
         if self._held:
             self._held = False
-            self._broker.release(self.granted)
+            self._broker.release(self.granted, self.outcome)
 
     def unreachable(self, message: str) -> None:
         """Gives the slot back, and says that its replica does not answer."""
         if self._held:
             self._held = False
-            self._broker.unreachable(self.granted, message)
+            self._broker.unreachable(self.granted, message, self.outcome)
 
 
 class _Exchange:
@@ -195,10 +197,12 @@ class _Exchange:
                 ) as response,
             ):
                 await self._download(response)
+                self._note(failed=response.status >= HTTP_FAILED)
                 return None
         except UnconnectedError:
             raise
         except TimeoutError as error:
+            self._note(failed=bound_s >= self._granted.request_s_max)
             return await self._failed(self._too_long(bound_s), error)
         except BrokenError as error:
             if body.refused is not None:  # raised in the upload, which broke the connection off
@@ -208,10 +212,17 @@ class _Exchange:
                 where=f"replica {self._granted.replica}",
                 next_step="send it again if that is safe; `snowdrop logs` shows the replica's last words",
             )
+            self._note(failed=True)
             if body.whole is not None:  # otherwise the upload may have broken off, which says nothing of it
                 # Its socket may still take connections while it dies: those who wait are not sent there now.
                 self._lease.unreachable(str(error))
             return await self._failed(died, error)
+
+    def _note(self, *, failed: bool) -> None:
+        """What the revision is judged by; nothing is noted of a call whose client goes away."""
+        first_unix_ns = self._call.first_byte_unix_ns
+        first_byte_s = (first_unix_ns - self._granted.granted_unix_ns) / 1e9 if first_unix_ns else None
+        self._lease.outcome = Outcome(failed, first_byte_s)
 
     def _bound_s(self) -> float:
         """The time for the answer starts now, when the request is handed over, however long it has waited."""

@@ -65,6 +65,14 @@ def unknown(name: str) -> NotFoundError:
     )
 
 
+def no_longer_served(name: str, revision: str) -> NotFoundError:
+    return NotFoundError(
+        f"{name!r} does not serve revision {revision!r} any more: its rollout has ended",
+        where="header snowdrop-revision",
+        next_step=f"`snowdrop rollout status {name}` says how",
+    )
+
+
 def queue_full(route: DeploymentRoute, *, waiting: int, retry_after_s: float) -> QueueFullError:
     return QueueFullError(
         f"{waiting} requests are waiting for {route.deployment!r} already",

@@ -40,6 +40,7 @@ from snowdrop.wire.slots import (
     Denied,
     FromWorker,
     Look,
+    Outcome,
     ReleaseLease,
     ReportCounts,
     ReportServed,
@@ -126,11 +127,11 @@ class Owner:
     def cancel(self, worker: str, ticket: int) -> None:
         self._carry_out(self._core.cancel(worker, ticket, _now()))
 
-    def release(self, lease: int) -> None:
-        self._carry_out(self._core.release(lease, _now()))
+    def release(self, lease: int, outcome: Outcome | None = None) -> None:
+        self._carry_out(self._core.release(lease, _now(), outcome))
 
-    def unreachable(self, lease: int, message: str) -> None:
-        replica, effects = self._core.unreachable(lease, _now())
+    def unreachable(self, lease: int, message: str, outcome: Outcome | None = None) -> None:
+        replica, effects = self._core.unreachable(lease, _now(), outcome)
         if replica is not None:
             self._say(ReplicaUnreachable(gateway=self._gateway, replica=replica, message=message))
         self._carry_out(effects)
@@ -188,13 +189,13 @@ class Owner:
         elif isinstance(message, AskSpeakers):
             self._tell_speakers(worker, message)
         elif isinstance(message, ReleaseLease):
-            self.release(message.lease)
+            self.release(message.lease, message.outcome)
         elif isinstance(message, CancelWait):
             self.cancel(worker, message.ticket)
         elif isinstance(message, Look):
             self.look(worker, message)
         elif isinstance(message, ReportUnreachable):
-            self.unreachable(message.lease, message.message)
+            self.unreachable(message.lease, message.message, message.outcome)
         elif isinstance(message, ReportServed):
             self.served(message.receipt, message.caller)
         elif isinstance(message, ReportCounts):

@@ -24,18 +24,20 @@ from snowdrop.gateway.effects import (
     Now,
     Tell,
     deny,
+    no_longer_served,
     queue_full,
     unknown,
 )
 from snowdrop.gateway.lineage import Lineage
 from snowdrop.gateway.looking import looked
-from snowdrop.gateway.table import Deployment, Gauges, Lease, ReplicaSlots, TicketKey, Waiting
+from snowdrop.gateway.slots import Gauges, ReplicaSlots
+from snowdrop.gateway.table import Deployment, Lease, TicketKey, Waiting
+from snowdrop.gateway.traffic import is_free
 from snowdrop.gateway.waitlog import WaitLog
-from snowdrop.policy import admission, routing
-from snowdrop.policy.queueing import rules_of
+from snowdrop.policy import admission
 from snowdrop.tenancy.keys import authenticate
 from snowdrop.wire.control import DeploymentLoad, DeploymentRoute, KeyGrant
-from snowdrop.wire.slots import Acquire, Denied, Granted, Look
+from snowdrop.wire.slots import Acquire, Denied, Granted, Look, Outcome
 
 PENALTY_S = 1.0
 """A replica that could not be reached is left out for so long, unless control says something of it first."""
@@ -68,6 +70,7 @@ class QueueCore:
         try:
             tenant = request.tenant or self.tenant_of(request.key_sha256)
             deployment = self._find(tenant, request.deployment)
+            pin = deployment.traffic.named(deployment.route, request.revision) or ""
         except SnowdropError as error:
             return [deny(worker, request.ticket, error)]
         if not request.attempt:
@@ -76,8 +79,8 @@ class QueueCore:
             return [self._refuse(worker, request, deployment, deployment.route.refusal, now)]
         if request.parent_lease and (deep := self._lineage.too_deep(request)) is not None:
             return [self._refuse(worker, request, deployment, deep.body(), now)]
-        if not deployment.line:
-            replica = routing.choose(deployment.replicas.values())
+        if deployment.may_pass(pin):
+            replica = deployment.choose(pin)
             if replica is not None:
                 effect = self._grant(worker, request, deployment, replica, now)
                 deployment.note_peak()
@@ -99,7 +102,7 @@ class QueueCore:
             deployment.promise(now.s + verdict.retry_after_s)
             full = queue_full(deployment.route, waiting=len(deployment.line), retry_after_s=verdict.retry_after_s)
             return [self._refuse(worker, request, deployment, full.body(), now)]
-        return self._wait(worker, request, deployment, verdict.deadline_s, now)
+        return self._wait(worker, request, deployment, verdict.deadline_s, now, pin=pin)
 
     def look(self, worker: str, request: Look, now: Now) -> list[Effect]:
         """Says how a deployment stands; wakes it if asked, as a request would that waits for no answer."""
@@ -130,17 +133,19 @@ class QueueCore:
             self.waits.gone(found, waited, now)
         return []
 
-    def release(self, lease: int, now: Now) -> list[Effect]:
+    def release(self, lease: int, now: Now, outcome: Outcome | None = None) -> list[Effect]:
         """A request is over; its slot goes to whoever has the turn."""
-        return self._end(lease, now, done=True)
+        return self._end(lease, now, done=True, outcome=outcome)
 
-    def unreachable(self, lease: int, now: Now) -> tuple[ReplicaId | None, list[Effect]]:
+    def unreachable(
+        self, lease: int, now: Now, outcome: Outcome | None = None
+    ) -> tuple[ReplicaId | None, list[Effect]]:
         """No connection to the lease's replica: it is left out for a while, and the lease ends."""
         held = self._leases.get(lease)
         if held is None:
             return None, []
         held.replica.penalty_until_s = now.s + PENALTY_S
-        return held.replica.route.replica, self._end(lease, now, done=False)
+        return held.replica.route.replica, self._end(lease, now, done=False, outcome=outcome)
 
     def worker_gone(self, worker: str, now: Now) -> list[Effect]:
         """A worker's connection ended: its waiting requests vanish, its leases are reclaimed."""
@@ -161,6 +166,9 @@ class QueueCore:
                 if replica.penalty_until_s and replica.penalty_until_s <= now.s:
                     replica.penalty_until_s = 0.0
             deployment.end_waking(now.s)
+            for waited in deployment.end_parking(now.s):
+                self._tickets.pop(waited.ticket, None)
+                effects.append(self._deny(deployment, waited, deployment.too_late(waited, now), now))
             effects += self._serve(deployment, now)
             effects += self._news(deployment, now)
         return effects
@@ -195,8 +203,7 @@ class QueueCore:
             return self._deny_all(deployment, unknown(key[1]).body(), now)
         if deployment is None:
             deployment = self._deployments[key] = Deployment(route)
-        deployment.route = route
-        deployment.line.change(rules_of(route.queue))
+        lost = deployment.change(route, now.s)
         for replica_route in route.replicas:
             known = deployment.replicas.get(replica_route.replica) or self._still_leased(replica_route.replica)
             if known is None:
@@ -209,6 +216,9 @@ class QueueCore:
             del deployment.replicas[gone]
         deployment.end_waking(now.s)
         effects: list[Effect] = []
+        for waited in lost:
+            self._tickets.pop(waited.ticket, None)
+            effects.append(self._deny(deployment, waited, no_longer_served(key[1], waited.pin).body(), now))
         for replica in deployment.replicas.values():
             effects += self._idle(replica)
         if route.refusal is not None:
@@ -251,10 +261,10 @@ class QueueCore:
         return Deny(worker, Denied(ticket=request.ticket, error=error))
 
     def _wait(
-        self, worker: str, request: Acquire, deployment: Deployment, deadline_s: float, now: Now
+        self, worker: str, request: Acquire, deployment: Deployment, deadline_s: float, now: Now, *, pin: str
     ) -> list[Effect]:
         queue = deployment.route.queue
-        waiting = deployment.join(worker, request, deadline_s, now)
+        waiting = deployment.join(worker, request, deadline_s, now, pin=pin)
         self._tickets[waiting.ticket] = deployment
         if request.parent_lease:
             self._lineage.waits(waiting.ticket, request, (deployment.route.tenant, request.deployment))
@@ -297,14 +307,14 @@ class QueueCore:
         )
         return Grant(worker, message)
 
-    def _end(self, lease: int, now: Now, *, done: bool) -> list[Effect]:
+    def _end(self, lease: int, now: Now, *, done: bool, outcome: Outcome | None = None) -> list[Effect]:
         """A lease ends, once: hearing of it again changes nothing."""
         held = self._leases.pop(lease, None)
         if held is None:
             return []
         held.replica.leases.discard(lease)
         self._tickets.pop(held.ticket, None)
-        held.deployment.given_back(held, now.s, done=done)
+        held.deployment.given_back(held, now.s, done=done, outcome=outcome)
         effects = self._idle(held.replica)
         deployment = self._deployments.get(held.key)
         if deployment is None or held.replica.route.replica not in deployment.replicas:
@@ -315,12 +325,14 @@ class QueueCore:
         """Hands free slots to those whose turn it is."""
         effects: list[Effect] = []
         while deployment.line:
-            replica = routing.choose(deployment.replicas.values())
-            if replica is None:
+            if not any(is_free(replica) for replica in deployment.replicas.values()):
                 break
             waiting = deployment.take()
             if waiting is None:
                 break
+            replica = deployment.choose(waiting.pin)
+            if replica is None:
+                raise AssertionError(f"whoever has the turn finds no slot: {waiting.ticket}")
             deployment.note_drained(now.s)
             grant = self._grant(waiting.worker, waiting.request, deployment, replica, now)
             self.waits.granted(deployment, waiting, grant.message, now)

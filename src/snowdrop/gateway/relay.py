@@ -22,6 +22,8 @@ from snowdrop.tenancy.keys import bearer, key_sha256
 
 REQUEST_ID_CHARS_MAX = 128
 WEBSOCKET_IDLE_S_MAX = 3_600.0
+REVISION_HEADER = "snowdrop-revision"
+"""Which revision alone may answer: its id, `stable` or `candidate`."""
 # The key is for the gateway; a tenant's code never sees it.
 DROPPED_UP = HOP_BY_HOP | {"authorization", "host", "content-length", "expect"}
 
@@ -119,6 +121,7 @@ def make_call(
         arrived_unix_ns=arrived_unix_ns,
         wait=asked.wait,
         deadline_unix_s=asked.deadline_unix_s,
+        revision=request.headers.get(REVISION_HEADER, ""),
     )
 
 

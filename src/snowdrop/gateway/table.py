@@ -11,11 +11,13 @@ from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.ids import ReplicaId
 from snowdrop.domain.replica import ReplicaState
 from snowdrop.gateway.effects import DeploymentKey, Now, waited_too_long
+from snowdrop.gateway.slots import Gauges, ReplicaSlots
+from snowdrop.gateway.traffic import Traffic, lost_pins
 from snowdrop.policy.admission import come_back_s
 from snowdrop.policy.queueing import Line, Standing, priority_of, rules_of
 from snowdrop.policy.waiting import Outlook, percent, start_left_s, turn_s
-from snowdrop.wire.control import DeploymentLoad, DeploymentRoute, ReplicaRoute
-from snowdrop.wire.slots import Acquire, WaitNews
+from snowdrop.wire.control import DeploymentLoad, DeploymentRoute, Parked
+from snowdrop.wire.slots import Acquire, Outcome, WaitNews
 
 DRAIN_RATE_HALF_LIFE_S = 5.0
 NEWS_EVERY_S = 1.0
@@ -33,30 +35,6 @@ PHASE_OF = {
     ReplicaState.LOADING: "startup",
 }
 _FURTHEST = tuple(reversed(PHASE_OF))
-
-
-class ReplicaSlots:
-    """A replica's slots. `accepting` is control's word, less what this gateway found out itself."""
-
-    __slots__ = ("idle_said", "leases", "penalty_until_s", "route")
-
-    def __init__(self, route: ReplicaRoute) -> None:
-        self.route = route
-        self.leases: set[int] = set()
-        self.idle_said = False
-        self.penalty_until_s = 0.0
-
-    @property
-    def in_flight(self) -> int:
-        return len(self.leases)
-
-    @property
-    def concurrency(self) -> int:
-        return self.route.concurrency
-
-    @property
-    def accepting(self) -> bool:
-        return self.route.accepting and not self.penalty_until_s
 
 
 class Lease(msgspec.Struct):
@@ -89,21 +67,11 @@ class Waiting(msgspec.Struct):
     position: int
     expected_s: float | None
     news_due_s: float = 0.0
+    pin: str = ""
 
     @property
     def ticket(self) -> TicketKey:
         return (self.worker, self.request.ticket)
-
-
-class Gauges(msgspec.Struct, frozen=True, kw_only=True):
-    """How a deployment stands at this instant."""
-
-    tenant: str
-    deployment: str
-    in_flight: int
-    queued: int
-    ready: int
-    starting: int
 
 
 class Deployment:
@@ -125,6 +93,8 @@ class Deployment:
         self.drained_per_s = 0.0
         self.drained_at_s = 0.0
         self.woken_until_s = 0.0
+        self.traffic = Traffic()
+        self.parked_since_s = 0.0
         self._promises: deque[float] = deque(maxlen=PROMISES_MAX)
 
     @property
@@ -149,8 +119,8 @@ class Deployment:
 
     # --- the line -----------------------------------------------------------------------------------------
 
-    def join(self, worker: str, request: Acquire, deadline_s: float, now: Now) -> Waiting:
-        """Puts a request into the line."""
+    def join(self, worker: str, request: Acquire, deadline_s: float, now: Now, *, pin: str = "") -> Waiting:
+        """Puts a request into the line; with a `pin` only that revision may serve it."""
         queue = self.route.queue
         ahead = 0 if request.attempt else len(self.line)
         waiting = Waiting(
@@ -163,32 +133,77 @@ class Deployment:
             reason=self.reason,
             position=ahead,
             expected_s=self.expected_s(now, ahead),
+            pin=pin,
         )
         standing = Standing(
             came_s=now.s,
             priority=waiting.priority,
             caller=caller_of(request, by_label=queue.fair_by == "caller"),
             first=request.attempt > 0,
+            pin=pin,
         )
         self.line.join(waiting.ticket, waiting, standing)
+        self.traffic.joined(pin)
         if request.progress and queue.progress_first_s is not None:
             self.curious[waiting.ticket] = waiting
         return waiting
 
     def leave(self, ticket: TicketKey) -> Waiting | None:
         self.curious.pop(ticket, None)
-        return self.line.leave(ticket)
+        waiting = self.line.leave(ticket)
+        if waiting is not None:
+            self.traffic.left(waiting.pin)
+        return waiting
 
     def take(self) -> Waiting | None:
-        """Whoever has the turn leaves the line."""
-        waiting = self.line.take()
+        """Whoever has the turn, and may have a slot that is free, leaves the line."""
+        shared = self.traffic.pins or self.traffic.weights
+        waiting = self.line.take(self.traffic.closed(self.replicas.values()) if shared else ())
         if waiting is not None:
             self.curious.pop(waiting.ticket, None)
+            self.traffic.left(waiting.pin)
         return waiting
+
+    def may_pass(self, pin: str) -> bool:
+        """Whether nobody who waits could have the slot that a request of this pin may get."""
+        pins = self.traffic.pins
+        return pin not in pins if pin else len(self.line) == sum(pins.values())
+
+    def choose(self, pin: str) -> ReplicaSlots | None:
+        """The replica for the next request."""
+        return self.traffic.choose(self.replicas.values(), pin)
+
+    def end_parking(self, now_s: float) -> list[Waiting]:
+        """Who has waited as long as a request may while nothing starts; they leave the line."""
+        parked = self.route.parked
+        if parked is None:
+            return []
+        late = [
+            waiting
+            for waiting in self.line.values()
+            if max(waiting.since_s, self.parked_since_s) + parked.wait_s_max <= now_s
+        ]
+        for waiting in late:
+            self.leave(waiting.ticket)
+        return late
+
+    def change(self, route: DeploymentRoute, now_s: float) -> list[Waiting]:
+        """Another route from now on. Those whose revision it does not know leave the line."""
+        if route.parked is not None and self.route.parked is None:
+            self.parked_since_s = now_s
+        self.route = route
+        self.line.change(rules_of(route.queue))
+        self.traffic.change(route)
+        lost = lost_pins(self.traffic.pins, route)
+        gone = [waiting for waiting in self.line.values() if waiting.pin in lost] if lost else []
+        for waiting in gone:
+            self.leave(waiting.ticket)
+        return gone
 
     def clear(self) -> list[Waiting]:
         self.curious.clear()
         self.woken_until_s = 0.0
+        self.traffic.pins.clear()
         return self.line.clear()
 
     def wake(self, now_s: float) -> None:
@@ -207,11 +222,13 @@ class Deployment:
         self.out += 1
         self.granted_sum_s += now_s
 
-    def given_back(self, lease: Lease, now_s: float, *, done: bool) -> None:
+    def given_back(self, lease: Lease, now_s: float, *, done: bool, outcome: Outcome | None = None) -> None:
         """A slot is back. Only of a request that was carried out is anything learned."""
         self.out -= 1
         # Sums of many floats drift; with nothing out there is nothing to sum.
         self.granted_sum_s = self.granted_sum_s - lease.granted_s if self.out else 0.0
+        if outcome is not None:
+            self.traffic.note(lease.replica.route.revision, outcome)
         if done:
             self.done += 1
             self.slot_s += max(0.0, now_s - lease.granted_s)
@@ -236,7 +253,9 @@ class Deployment:
         slots = self.slots
         left = (self._start_left_s((now.unix_ns - one.ordered_unix_ns) / 1e9) for one in route.coming)
         coming = sorted(left_s for left_s in left if left_s is not None)
-        if not slots and not route.coming and route.start_s:
+        if not slots and not route.coming and route.parked is not None:
+            coming = [max(0.0, (route.parked.next_try_unix_ns - now.unix_ns) / 1e9) + route.start_s]
+        elif not slots and not route.coming and route.start_s:
             coming = [route.start_s]  # control is about to order one
         return Outlook(
             slots=slots,
@@ -254,9 +273,13 @@ class Deployment:
 
     @property
     def phase(self) -> str:
-        """What those who wait, wait for: a slot (`queue`), or the replica that is furthest on its way."""
+        """What those who wait, wait for: a slot (`queue`), the replica furthest on its way, or the next try
+        of a revision that does not start (`parked`).
+        """
         if self.accepting:
             return "queue"
+        if self.route.parked is not None and not self.route.coming:
+            return "parked"
         states = {one.state for one in self.route.coming}
         return next((PHASE_OF[state] for state in _FURTHEST if state in states), "activate")
 
@@ -269,6 +292,8 @@ class Deployment:
             text = f"all {self.slots} slots of {ready} ready replicas were taken"
         elif starting:
             text = f"no replica was ready, {starting} starting (phase {self.phase})"
+        elif self.route.parked is not None:
+            text = f"nothing is started for now: {self.route.parked.error.message}"
         else:
             text = "no replica was ready or starting"
         if left_out:
@@ -294,10 +319,17 @@ class Deployment:
 
     def too_late(self, waited: Waiting, now: Now) -> ErrorBody:
         """The error of one that has waited as long as it may."""
+        if self.route.parked is not None:
+            return self.unstarted(self.route.parked, now)
         bound_s = waited.deadline_s - waited.since_s
         later_s = come_back_s(self.outlook(now), waiting=len(self.line), wait_s_max=bound_s)
         asked_s = waited.request.wait_s_max
         return waited_too_long(self.route, ready=self.accepting, asked_s=asked_s, retry_after_s=later_s).body()
+
+    def unstarted(self, parked: Parked, now: Now) -> ErrorBody:
+        """Why nothing serves; there is no use in coming back before the next try could be ready."""
+        left_s = max(0.0, (parked.next_try_unix_ns - now.unix_ns) / 1e9)
+        return msgspec.structs.replace(parked.error, retry_after_s=float(math.ceil(left_s + self.route.start_s)))
 
     def promised(self, now_s: float) -> int:
         """Refused requests that were told a time which has not come yet."""
@@ -325,6 +357,8 @@ class Deployment:
             busy={name: r.in_flight for name, r in self.replicas.items() if r.in_flight},
             done=self.done,
             slot_s=self.slot_s,
+            revisions=self.traffic.loads(),
+            pinned=self.traffic.pinned(),
             running_s=max(0.0, self.out * now_s - self.granted_sum_s),
         )
         self.peak = self.reported = in_flight + queued

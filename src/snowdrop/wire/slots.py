@@ -27,6 +27,7 @@ class Acquire(Message, frozen=True, kw_only=True):
     to; `attempt` counts the replicas that could not be reached for it: such a request keeps its place. `dialect`
     is the path of OpenAI's dialect that the deployment must serve; one that does not is not woken.
     For a call by a service, `from_replica` is who calls, and `parent_lease` the request of its own it calls for.
+    `revision` (an id, `stable` or `candidate`) alone may serve it.
     """
 
     ticket: int
@@ -43,6 +44,7 @@ class Acquire(Message, frozen=True, kw_only=True):
     dialect: str = ""
     parent_lease: int = 0
     from_replica: ReplicaId | None = None
+    revision: str = ""
 
 
 class AskSpeakers(Message, frozen=True, kw_only=True):
@@ -67,8 +69,19 @@ class CancelWait(Message, frozen=True, kw_only=True):
     ticket: int
 
 
+class Outcome(msgspec.Struct, frozen=True, array_like=True):
+    """What became of a request at its replica: for telling a bad revision. Not said if its client went away.
+
+    `first_byte_s` counts from the slot; None if there was no answer.
+    """
+
+    failed: bool
+    first_byte_s: float | None = None
+
+
 class ReleaseLease(Message, frozen=True, kw_only=True):
     lease: int
+    outcome: Outcome | None = None
 
 
 class ReportUnreachable(Message, frozen=True, kw_only=True):
@@ -76,6 +89,7 @@ class ReportUnreachable(Message, frozen=True, kw_only=True):
 
     lease: int
     message: str
+    outcome: Outcome | None = None
 
 
 class ReportServed(Message, frozen=True, kw_only=True):
