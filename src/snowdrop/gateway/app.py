@@ -10,6 +10,7 @@ from snowdrop.domain.errors import NotFoundError
 from snowdrop.domain.ids import fresh_id
 from snowdrop.gateway.httpsink import error_response
 from snowdrop.gateway.openai.routes import add_routes as add_openai_routes
+from snowdrop.gateway.readiness import Readiness
 from snowdrop.gateway.relay import Relay
 
 
@@ -34,6 +35,7 @@ def build_app(relay: Relay, *, ready: Callable[[], bool]) -> web.Application:
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     add_openai_routes(app, relay)
+    app.router.add_get("/{deployment}/readyz", Readiness(relay).handle)  # HEAD as well
     app.router.add_route("*", "/{deployment}/{path:.*}", relay.handle)
     app.router.add_route("*", "/{tail:.*}", unknown)
     return app
