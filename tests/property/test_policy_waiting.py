@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snowdrop.domain.service import QueueSpec
-from snowdrop.policy.admission import Admit, Refuse, admit, come_back_s
+from snowdrop.policy.admission import Admit, Refuse, admit, come_back_s, spread_s
 from snowdrop.policy.waiting import (
     RETRY_AFTER_S_MAX,
     RETRY_AFTER_S_MIN,
     RETRY_AFTER_UNKNOWN_S,
     Outlook,
+    latest_turn_s,
     percent,
     retry_after_s,
     start_left_s,
@@ -70,6 +71,49 @@ def test_the_forecast_is_what_happens_with_steady_work(
         + [ready_s + round_ * service_s for _ in range(coming) for round_ in range(ahead + 1)]
     )
     assert abs(turns[ahead] - expected_s) <= service_s + 1e-6
+
+
+@given(outlooks, st.integers(0, 100))
+def test_the_latest_turn_is_at_most_a_service_time_later(outlook: Outlook, ahead: int) -> None:
+    soon, late = turn_s(outlook, ahead), latest_turn_s(outlook, ahead)
+    assert (soon is None) == (late is None)
+    if soon is not None and late is not None:
+        assert soon <= late <= soon + outlook.service_s
+
+
+@given(
+    st.integers(1, 8),
+    st.floats(0.1, 10),
+    st.integers(0, 50),
+    st.lists(st.floats(0, 60), max_size=3),
+    st.integers(1, 4),
+)
+def test_by_the_latest_turn_it_has_come_however_the_slots_are_taken(
+    slots: int, service_s: float, ahead: int, ready_s: list[float], coming: int
+) -> None:
+    outlook = Outlook(slots=slots, service_s=service_s, coming_s=tuple(sorted(ready_s)), coming_slots=coming)
+    late = latest_turn_s(outlook, ahead)
+    assert late is not None
+    turns = sorted(
+        [(round_ + 1) * service_s for _ in range(slots) for round_ in range(ahead + 1)]
+        + [at_s + round_ * service_s for at_s in ready_s for _ in range(coming) for round_ in range(ahead + 1)]
+    )
+    assert turns[ahead] <= late + 1e-3 * service_s
+
+
+@given(st.lists(st.floats(1, 60), min_size=1, max_size=60), st.integers(0, 6), st.integers(1, 6), st.floats(0, 5))
+def test_those_who_are_told_to_come_back_do_not_come_all_at_once(
+    told: list[float], slots: int, length_max: int, service_s: float
+) -> None:
+    promises: list[float] = []
+    for each in told:
+        later_s = spread_s(each, promises, slots=slots, length_max=length_max, service_s=service_s, now_s=100.0)
+        assert RETRY_AFTER_S_MIN <= later_s <= RETRY_AFTER_S_MAX
+        assert later_s >= min(each, RETRY_AFTER_S_MAX) - 1e-3
+        promises.append(100.0 + later_s)
+    assert promises == sorted(promises)
+    for at_s in set(promises) - {100.0 + RETRY_AFTER_S_MAX}:
+        assert promises.count(at_s) <= slots + length_max
 
 
 def test_forecasts_said_one_by_one() -> None:

@@ -1,5 +1,7 @@
 """The queue core in single situations; the property test walks through all others."""
 
+from typing import Any
+
 import pytest
 
 from platform_helpers import KEY, NAME, replica_route, route
@@ -7,11 +9,11 @@ from snowdrop.domain.errors import RevisionFailedError
 from snowdrop.domain.ids import DeploymentName, TenantId
 from snowdrop.domain.receipt import Span
 from snowdrop.domain.service import QueueSpec
-from snowdrop.gateway.effects import DemandChanged, Deny, Effect, Grant, Idle, Now
+from snowdrop.gateway.effects import DemandChanged, Deny, Effect, Grant, Idle, Now, Tell
 from snowdrop.gateway.queue import PENALTY_S, QueueCore
 from snowdrop.tenancy.keys import key_sha256
 from snowdrop.wire.control import DeploymentRoute, KeyGrant
-from snowdrop.wire.slots import Acquire, Granted
+from snowdrop.wire.slots import Acquire, Granted, Look
 
 
 class Bench:
@@ -173,3 +175,156 @@ def test_load_goes_to_the_emptier_replica() -> None:
     got = [granted(bench.ask()).replica for _ in range(6)]
     assert sorted(got) == ["rep-1"] * 4 + ["rep-2"] * 2
     assert set(got[:2]) == {"rep-1", "rep-2"}
+
+
+class Asking:
+    """Requests of several callers at one full deployment, and the order of their turns."""
+
+    def __init__(self, queue: QueueSpec) -> None:
+        self.core = QueueCore(keys_required=False)
+        self.now = Now(0.0, 1_000)
+        self.names: dict[int, str] = {}
+        self.queue = queue
+        self.core.set_routes([route(replica_route(concurrency=1), queue=queue)], (), self.now)
+        self.lease = granted(self.ask("busy")).lease
+
+    def ask(self, name: str, **more: Any) -> list[Effect]:
+        ticket = len(self.names) + 1
+        self.names[ticket] = name
+        fields: dict[str, Any] = {"ticket": ticket, "key_sha256": None, "deployment": NAME, "arrived_unix_ns": 1}
+        return self.core.arrive("w", Acquire(**fields | more), self.now)
+
+    def later(self, seconds: float) -> None:
+        self.now = Now(self.now.s + seconds, self.now.unix_ns + int(seconds * 1e9))
+
+    def turns(self) -> list[str]:
+        order: list[str] = []
+        while grants := [e.message for e in self.core.release(self.lease, self.now) if isinstance(e, Grant)]:
+            self.lease = grants[0].lease
+            order.append(self.names[grants[0].ticket])
+        return order
+
+
+def test_fair_gives_each_caller_its_turn_however_many_requests_one_sends() -> None:
+    asking = Asking(QueueSpec(order="fair"))
+    for n in range(3):
+        asking.ask(f"a{n}", key_sha256=None)
+    asking.core.set_routes(
+        [route(replica_route(concurrency=1), queue=asking.queue)],
+        (KeyGrant(key_sha256="k", tenant=KEY[0]),),
+        asking.now,
+    )
+    asking.ask("b0", key_sha256="k", label="is not looked at")
+    asking.ask("b1", key_sha256="k")
+    asking.ask("c0", tenant=KEY[0], label="tasks")
+    assert asking.turns() == ["a0", "b0", "c0", "a1", "b1", "a2"]
+
+
+def test_fair_by_caller_goes_by_what_the_header_says() -> None:
+    asking = Asking(QueueSpec(order="fair", fair_by="caller"))
+    for name in ("x0", "x1", "x2", "y0"):
+        asking.ask(name, label=name[0])
+    assert asking.turns() == ["x0", "y0", "x1", "x2"]
+
+
+def test_a_priority_passes_those_who_came_a_little_earlier_within_what_is_allowed() -> None:
+    asking = Asking(QueueSpec(priority_min=-1, priority_max=1, priority_lead_s=10.0))
+    asking.ask("old")
+    asking.later(11.0)
+    asking.ask("plain")
+    asking.ask("low", priority=-1)
+    asking.later(5.0)
+    asking.ask("high", priority=9)
+    assert asking.turns() == ["old", "high", "plain", "low"]
+
+
+def test_without_being_allowed_a_priority_changes_nothing() -> None:
+    asking = Asking(QueueSpec())
+    asking.ask("first")
+    asking.ask("second", priority=9)
+    assert asking.turns() == ["first", "second"]
+
+
+def test_one_whose_replica_could_not_be_reached_keeps_its_place_also_in_a_full_queue() -> None:
+    asking = Asking(QueueSpec(length_max=1, wait_s_max=30.0))
+    asking.ask("waits")
+    assert kinds(asking.ask("too many")) == ["queue_full"]
+    asking.later(10.0)
+    assert asking.ask("again", attempt=1) == [DemandChanged(KEY)]
+    assert asking.turns() == ["again", "waits"]
+    asking.lease = granted(asking.ask("busy")).lease
+    asking.ask("again", attempt=1, arrived_unix_ns=asking.now.unix_ns - 20 * 10**9)
+    asking.later(10.1)
+    assert kinds(asking.core.tick(asking.now)) == ["waited_too_long"], "its wait goes on, it does not begin anew"
+
+
+def test_other_rules_put_those_who_wait_in_order_anew() -> None:
+    asking = Asking(QueueSpec())
+    for name in ("x0", "x1", "y0"):
+        asking.ask(name, label=name[0])
+    fair = QueueSpec(order="fair", fair_by="caller")
+    asking.core.change_route(KEY, route(replica_route(concurrency=1), queue=fair), asking.now)
+    assert asking.turns() == ["x0", "y0", "x1"]
+
+
+def test_a_caller_may_wait_less_than_the_deployment_lets_it_never_longer() -> None:
+    asking = Asking(QueueSpec(wait_s_max=30.0))
+    asking.ask("short", wait_s_max=5.0)
+    asking.ask("long", wait_s_max=99.0)
+    asking.later(5.0)
+    (late,) = asking.core.tick(asking.now)
+    assert isinstance(late, Deny)
+    assert asking.names[late.message.ticket] == "short"
+    assert late.message.error.where == "the caller's own bound of 5 s"
+    asking.later(25.0)
+    (late,) = asking.core.tick(asking.now)
+    assert isinstance(late, Deny)
+    assert late.message.error.where == "queue.wait_s_max=30"
+
+
+def test_what_a_request_waited_for_is_kept_until_control_is_told() -> None:
+    bench = Bench(route(starting=1, start_s=4.0, queue=QueueSpec(length_max=1)))
+    bench.ask()
+    bench.ask()
+    bench.now = Now(3.0, 1_000 + 3 * 10**9)
+    bench.core.change_route(KEY, route(replica_route(ready=3 * 10**9)), bench.now)
+    refused, granted_ = bench.core.waits.take()
+    assert (refused.outcome, refused.error, refused.waited_s) == ("refused", "queue_full", 5e-7)
+    assert (granted_.outcome, granted_.replica, granted_.receipt) == ("granted", "rep-1", "rcp-1")
+    assert granted_.reason == "no replica was ready, 1 starting (phase activate)"
+    assert granted_.waited_s == 3.0
+    assert not bench.core.waits
+
+
+def test_sums_of_time_under_lease_are_told_and_return_to_nothing() -> None:
+    bench = Bench(route(replica_route(concurrency=3)))
+    leases = [granted(bench.ask()).lease for _ in range(3)]
+    bench.now = Now(2.0, 1_000)
+    bench.core.release(leases[0], bench.now)
+    bench.core.unreachable(leases[1], bench.now)
+    (load,) = bench.core.loads(Now(3.0, 1_000))
+    assert (load.done, load.slot_s, load.running_s) == (1, 2.0, 3.0)
+    bench.core.worker_gone("w", bench.now)
+    (load,) = bench.core.loads(Now(4.0, 1_000))
+    assert (load.done, load.running_s) == (1, 0.0), "what was cut off teaches nothing of how long a request takes"
+
+
+def test_a_deployment_that_was_woken_counts_as_asked_until_a_replica_is_ready_or_refuses() -> None:
+    def look(bench: Bench, *, activate: bool) -> list[Effect]:
+        return bench.core.look(
+            "w", Look(ticket=99, key_sha256=None, deployment=NAME, activate=activate), bench.now
+        )
+
+    bench = Bench(route(queue=QueueSpec(wait_s_max=50.0)))
+    (told,) = look(bench, activate=False)
+    assert isinstance(told, Tell)
+    assert look(bench, activate=True)[0] == DemandChanged(KEY)
+    assert bench.core.loads(bench.now)[0].queued == 1
+    assert bench.core.worth_reporting, "a control that is restarted hears of it, too"
+    bench.core.tick(Now(50.0, 0))
+    assert bench.core.loads(Now(50.0, 0))[0].queued == 0, "it is bounded as a wait is"
+    look(bench, activate=True)
+    bench.core.change_route(KEY, route(replica_route()), bench.now)
+    assert bench.core.loads(bench.now)[0].queued == 0
+    look(bench, activate=True)
+    assert bench.core.loads(bench.now)[0].peak == 1, "it counts as use of a ready one"

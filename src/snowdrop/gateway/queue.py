@@ -99,8 +99,8 @@ class QueueCore:
             now_s=now.s,
         )
         if isinstance(verdict, admission.Refuse):
-            deployment.promise(now.s + verdict.retry_after_s)
-            full = queue_full(deployment.route, waiting=len(deployment.line), retry_after_s=verdict.retry_after_s)
+            told_s = deployment.promise(verdict.retry_after_s, now)
+            full = queue_full(deployment.route, waiting=len(deployment.line), retry_after_s=told_s)
             return [self._refuse(worker, request, deployment, full.body(), now)]
         return self._wait(worker, request, deployment, verdict.deadline_s, now, pin=pin)
 

@@ -13,7 +13,7 @@ from snowdrop.domain.replica import ReplicaState
 from snowdrop.gateway.effects import DeploymentKey, Now, waited_too_long
 from snowdrop.gateway.slots import Gauges, ReplicaSlots
 from snowdrop.gateway.traffic import Traffic, lost_pins
-from snowdrop.policy.admission import come_back_s
+from snowdrop.policy.admission import come_back_s, spread_s
 from snowdrop.policy.queueing import Line, Standing, priority_of, rules_of
 from snowdrop.policy.waiting import Outlook, percent, start_left_s, turn_s
 from snowdrop.wire.control import DeploymentLoad, DeploymentRoute, Parked
@@ -135,18 +135,20 @@ class Deployment:
             expected_s=self.expected_s(now, ahead),
             pin=pin,
         )
-        standing = Standing(
-            came_s=now.s,
-            priority=waiting.priority,
-            caller=caller_of(request, by_label=queue.fair_by == "caller"),
-            first=request.attempt > 0,
-            pin=pin,
-        )
-        self.line.join(waiting.ticket, waiting, standing)
+        self.line.join(waiting.ticket, waiting, self._standing(waiting))
         self.traffic.joined(pin)
         if request.progress and queue.progress_first_s is not None:
             self.curious[waiting.ticket] = waiting
         return waiting
+
+    def _standing(self, waiting: Waiting) -> Standing:
+        return Standing(
+            came_s=waiting.since_s,
+            priority=waiting.priority,
+            caller=caller_of(waiting.request, by_label=self.route.queue.fair_by == "caller"),
+            first=waiting.request.attempt > 0,
+            pin=waiting.pin,
+        )
 
     def leave(self, ticket: TicketKey) -> Waiting | None:
         self.curious.pop(ticket, None)
@@ -191,8 +193,9 @@ class Deployment:
         """Another route from now on. Those whose revision it does not know leave the line."""
         if route.parked is not None and self.route.parked is None:
             self.parked_since_s = now_s
-        self.route = route
-        self.line.change(rules_of(route.queue))
+        before, self.route = self.route.queue, route
+        if route.queue != before:
+            self.line.change(rules_of(route.queue), self._standing)
         self.traffic.change(route)
         lost = lost_pins(self.traffic.pins, route)
         gone = [waiting for waiting in self.line.values() if waiting.pin in lost] if lost else []
@@ -337,9 +340,20 @@ class Deployment:
             self._promises.popleft()
         return len(self._promises)
 
-    def promise(self, at_s: float) -> None:
-        # In order: nobody who is refused later is told an earlier time, but for what was learned in between.
-        self._promises.append(max(at_s, self._promises[-1]) if self._promises else at_s)
+    def promise(self, told_s: float, now: Now) -> float:
+        """Remembers when a refused request comes back; gives the time that it is told, with all others in mind."""
+        outlook = self.outlook(now)
+        slots = outlook.slots + len(outlook.coming_s) * outlook.coming_slots
+        told_s = spread_s(
+            told_s,
+            self._promises,
+            slots=slots,
+            length_max=self.route.queue.length_max,
+            service_s=outlook.service_s,
+            now_s=now.s,
+        )
+        self._promises.append(now.s + told_s)
+        return told_s
 
     # --- reports ------------------------------------------------------------------------------------------
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from snowdrop.domain.service import QueueSpec
-from snowdrop.policy.waiting import Outlook, retry_after_s, turn_s
+from snowdrop.policy.waiting import Outlook, latest_turn_s, retry_after_s, turn_s
+
+MARGIN_S = 0.1
+"""A client's timer may be a little early, and what it is told to wait for a little late."""
+_ROUNDING_S = 1e-6
+"""A whole number of seconds does not become the next one by the rounding of sums."""
 
 
 class Admit(msgspec.Struct, frozen=True):
@@ -42,7 +47,27 @@ def admit(
     if waiting < queue.length_max or waited_s > 0:
         bound_s = queue.wait_s_max if wait_s_max is None else min(queue.wait_s_max, wait_s_max)
         return Admit(now_s + max(0.0, bound_s - waited_s))
-    return Refuse(retry_after_s(turn_s(outlook(), promised)))
+    later_s = latest_turn_s(outlook(), promised)
+    return Refuse(retry_after_s(None if later_s is None else later_s + MARGIN_S))
+
+
+def spread_s(
+    told_s: float, promises: Sequence[float], *, slots: int, length_max: int, service_s: float, now_s: float
+) -> float:
+    """When one that was told `told_s` from now may really come back, after those that were told before.
+
+    `promises` are the times (monotonic, in order) that were told and have not come yet. Times are told in whole
+    seconds: no more may come in any one than there are places to be served or wait in, nor more than `slots` in
+    any `service_s`, for those who come are served from then on and not from when a slot came free.
+    """
+    at_s = now_s + told_s
+    if promises:
+        at_s = max(at_s, promises[-1])
+        if len(promises) >= slots + length_max:
+            at_s = max(at_s, promises[-slots - length_max] + 1.0)
+        if 0 < slots <= len(promises):
+            at_s = max(at_s, promises[-slots] + service_s + MARGIN_S)
+    return retry_after_s(at_s - now_s - _ROUNDING_S)
 
 
 def come_back_s(outlook: Outlook, *, waiting: int, wait_s_max: float) -> float:

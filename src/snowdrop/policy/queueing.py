@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Generic, NamedTuple, TypeVar
 
@@ -108,16 +108,14 @@ class Line(Generic[K, V]):
             del self._classes[name]
         return value
 
-    def change(self, rules: LineRules) -> None:
-        """Other rules from now on; all who wait are put in order anew."""
-        if rules == self.rules:
-            return
+    def change(self, rules: LineRules, standing_of: Callable[[V], Standing] | None = None) -> None:
+        """Other rules from now on; all who wait are put in order anew, by what they count as from now on."""
         waiting = list(self._waiting.items())
         self.rules = rules
         self._classes.clear()
         self._waiting.clear()
         for key, (value, standing) in waiting:
-            self.join(key, value, standing)
+            self.join(key, value, standing_of(value) if standing_of is not None else standing)
 
     def clear(self) -> list[V]:
         """Empties the line; who waited, in the order in which they came."""

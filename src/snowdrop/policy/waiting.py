@@ -12,6 +12,9 @@ RETRY_AFTER_UNKNOWN_S = 5.0
 """When nothing has been learned yet: short enough for a small service; who comes too early is told again."""
 
 
+_HALVINGS = 16
+
+
 class Outlook(msgspec.Struct, frozen=True, kw_only=True):
     """What a deployment can do now and soon.
 
@@ -48,6 +51,35 @@ def turn_s(outlook: Outlook, ahead: int) -> float | None:
         return at_s + turns / pace
     # All that is known is when somebody will be there.
     return at_s if outlook.coming_s else None
+
+
+def latest_turn_s(outlook: Outlook, ahead: int) -> float | None:
+    """As `turn_s`, but with each slot coming free as late as it may: whoever comes then is not too early.
+
+    That is a service time later at most: slots that were all taken at once come free all at once.
+    """
+    soon_s, service_s = turn_s(outlook, ahead), outlook.service_s
+    if soon_s is None or service_s <= 0:
+        return soon_s
+    low_s, high_s = soon_s, soon_s + service_s
+    if _turns_by(outlook, low_s) > ahead:
+        return low_s
+    for _ in range(_HALVINGS):
+        middle_s = (low_s + high_s) / 2
+        if _turns_by(outlook, middle_s) > ahead:
+            high_s = middle_s
+        else:
+            low_s = middle_s
+    return high_s
+
+
+def _turns_by(outlook: Outlook, at_s: float) -> int:
+    """How many turns there have been for sure after `at_s`."""
+    turns = outlook.slots * math.floor(at_s / outlook.service_s)
+    for ready_s in outlook.coming_s:
+        if ready_s <= at_s:
+            turns += outlook.coming_slots * (1 + math.floor((at_s - ready_s) / outlook.service_s))
+    return turns
 
 
 def retry_after_s(expected_s: float | None) -> float:
