@@ -17,9 +17,10 @@ from snowdrop.domain.errors import RevisionFailedError
 from snowdrop.domain.ids import ReplicaId
 from snowdrop.domain.replica import ReplicaState
 from snowdrop.domain.service import QueueSpec
-from snowdrop.gateway.app import build_app, serving
+from snowdrop.gateway.app import build_app
 from snowdrop.gateway.broker import LocalBroker
 from snowdrop.gateway.carrier import Carrier
+from snowdrop.gateway.edge.server import serving
 from snowdrop.gateway.effects import Now
 from snowdrop.gateway.owner import Owner
 from snowdrop.gateway.queue import QueueCore
