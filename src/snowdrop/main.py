@@ -12,8 +12,9 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.abc
@@ -22,6 +23,9 @@ import msgspec
 from snowdrop.domain.errors import SnowdropError
 from snowdrop.domain.layout import StateLayout
 from snowdrop.domain.settings import Settings
+
+if TYPE_CHECKING:
+    from snowdrop.wire.api import Info
 from snowdrop.telemetry.logs import configure_logs
 
 _PR_SET_PDEATHSIG = 1
@@ -115,24 +119,14 @@ async def _supervise(layout: StateLayout, settings: Settings, arguments: argpars
         await supervisor.run(lambda: _say_ready(arguments))
 
 
-async def _control(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
+def _info(layout: StateLayout, settings: Settings, listen_fd: int) -> Info:
+    """What clients of control are told of the platform."""
     from snowdrop import __version__
-    from snowdrop.content.origin import open_origin
-    from snowdrop.content.signing import KeyStore
-    from snowdrop.control.api import Api
-    from snowdrop.control.loop import ControlLoop
-    from snowdrop.control.metrics import ControlMetrics, UsageMetrics
-    from snowdrop.control.origin_roots import OriginRoots, platform_id
-    from snowdrop.control.peers import Peers
-    from snowdrop.control.recorder import Recorder
-    from snowdrop.state.sqlite import SqliteState
-    from snowdrop.telemetry.metrics import metrics_route, process_registry
     from snowdrop.wire.api import Info
-    from snowdrop.wire.http import serving_unix
 
-    with socket.socket(fileno=arguments.listen_fds[0]) as listener:
+    with socket.socket(fileno=listen_fd) as listener:
         host, port = listener.getsockname()[:2]
-    info = Info(
+    return Info(
         version=__version__,
         state=str(layout.root),
         gateway_url=settings.gateway.url(host, port),
@@ -142,6 +136,23 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
         nodes=(),
         gateways=(),
     )
+
+
+async def _control(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
+    from snowdrop.content.origin import open_origin
+    from snowdrop.content.signing import KeyStore
+    from snowdrop.control.api import Api
+    from snowdrop.control.loop import ControlLoop
+    from snowdrop.control.metrics import ControlMetrics, UsageMetrics
+    from snowdrop.control.origin_roots import OriginRoots, platform_id
+    from snowdrop.control.peers import Peers
+    from snowdrop.control.recorder import Recorder
+    from snowdrop.control.tasks.assembly import ControlTasks
+    from snowdrop.state.sqlite import SqliteState
+    from snowdrop.telemetry.metrics import metrics_route, process_registry
+    from snowdrop.wire.http import serving_unix
+
+    info = _info(layout, settings, arguments.listen_fds[0])
     state = await SqliteState.open(layout.database)
     try:
         recorder = Recorder()
@@ -152,22 +163,26 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
         registry = process_registry()
         metrics = ControlMetrics(registry, loop.world)
         loop.replica_changed, peers.caller_served = metrics.replica_changed, metrics.caller_served
-        await loop.load()
-        await peers.load_keys()
+        durable = ControlTasks(
+            loop, peers, settings, registry, files=layout.tasks, webhook_keys=layout.keys / "webhooks"
+        )
+        for load in (loop.load, peers.load_keys, durable.load):
+            await load()
         keys = KeyStore(layout.keys)
         origin = open_origin(settings.content.origin_url, settings.content.origin_options())
         roots = OriginRoots(origin, keys, state, loop.world, platform_id(layout.keys / "platform"))
         links = await _listen_unix(layout.link_socket)
         app = Api(loop, peers, info, roots).app()
-        app.router.add_routes([metrics_route(registry, look=UsageMetrics(registry, state, loop.world).look)])
+        usage = UsageMetrics(registry, state, loop.world)
+        app.router.add_routes([*durable.routes(), metrics_route(registry, look=usage.look)])
         api = serving_unix(app, layout.control_socket)
         async with links, api, anyio.create_task_group() as recording:
             recording.start_soon(recorder.run)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_until_stopped, tasks.cancel_scope)
-                tasks.start_soon(peers.serve, links)
-                tasks.start_soon(loop.run)
-                tasks.start_soon(recorder.keep_trimmed, state, settings.control)
+                trim = partial(recorder.keep_trimmed, state, settings.control)
+                for run in (partial(peers.serve, links), loop.run, durable.run, trim):
+                    tasks.start_soon(run)
                 _say_ready(arguments)
             await recorder.flush(FLUSH_S_MAX)
             recording.cancel_scope.cancel()

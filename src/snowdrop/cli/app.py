@@ -20,6 +20,7 @@ from snowdrop.cli import (
     rollouts,
     scaling,
     store,
+    tasks,
     why,
 )
 from snowdrop.cli.output import Globals
@@ -76,6 +77,7 @@ app.add_typer(receipts.app, name="receipts")
 app.command()(receipts.usage)
 app.add_typer(keys.app, name="key")
 app.add_typer(gateway.app, name="gateway")
+app.add_typer(tasks.app, name="task")
 app.command()(dev.dev)
 
 

@@ -63,6 +63,10 @@ class Client:
         with response:
             response.read()
 
+    def raw(self, *path: str) -> http.client.HTTPResponse:
+        """An answer that is no JSON of ours, to be read and closed; a failure raises as ever."""
+        return self._request("GET", path, None, {}, CALL_S_MAX)
+
     def work(self, *path: str, body: Any) -> Iterator[WorkLine]:
         """Long work that control has done for us: how far it is, as it comes. Raises the error that ends it."""
         with self._request("POST", path, body, {}, CALL_S_MAX) as response:

@@ -49,6 +49,7 @@ class ControlLoop:
         self.recorder = recorder
         self.generation = 0
         self.send_agent: Callable[[NodeId, Message], None] = lambda _node, _message: None
+        self.gateway_left: Callable[[str], None] = lambda _gateway: None
         self.send_gateways: Callable[[Message], None] = lambda _message: None
         self.replica_changed: Callable[[ReplicaReport, bool], None] = lambda _report, _just_ready: None
         self._tick_s = tick_s
@@ -118,6 +119,7 @@ class ControlLoop:
 
     def gateway_gone(self, gateway: str) -> None:
         self.world.gateways.pop(gateway, None)
+        self.gateway_left(gateway)
         for key in self.world.deployments:
             self.poke(key)
 

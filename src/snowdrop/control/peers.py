@@ -16,8 +16,9 @@ from snowdrop.control.loop import ControlLoop
 from snowdrop.control.routes import deployment_route
 from snowdrop.control.world import NodeEntry
 from snowdrop.domain.errors import ProtocolError
-from snowdrop.domain.ids import NodeId, ReceiptId
+from snowdrop.domain.ids import NodeId, ReceiptId, TenantId
 from snowdrop.domain.receipt import CallerTimes
+from snowdrop.tenancy.keys import authenticate
 from snowdrop.wire.codec import Message, check_version
 from snowdrop.wire.control import (
     FROM_PEER,
@@ -66,6 +67,10 @@ class Peers:
         self._keys = tuple(KeyGrant(key_sha256=r.key_sha256, tenant=r.tenant) for r in records)
         if self._settled.is_set():
             self._to_gateways(self._table())
+
+    def tenant_of(self, key_sha256: str | None, *, required: bool) -> TenantId:
+        """Whose key it is, as gateways find it. Raises UnauthorisedError."""
+        return authenticate(key_sha256, {k.key_sha256: k.tenant for k in self._keys}, required=required)
 
     async def serve(self, listener: anyio.abc.SocketListener) -> None:
         async with anyio.create_task_group() as tasks:

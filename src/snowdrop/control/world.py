@@ -126,6 +126,7 @@ class World:
         self.ended: dict[ReplicaId, int] = {}
         self.make_room_idle_s: float | None = None
         self.disturbed: set[DeploymentKey] = set()
+        self.tasks_due: dict[DeploymentKey, int] = {}
         self._ages = 0
 
     def next_age(self) -> int:
@@ -141,10 +142,11 @@ class World:
         return [loads[key] for loads in self.gateways.values() if key in loads]
 
     def load(self, key: DeploymentKey) -> tuple[int, int, int]:
-        """In flight, queued and peak over all gateways."""
+        """In flight, queued and peak over all gateways. A task that could run now waits like a request."""
         loads = self.loads(key)
         in_flight, queued = sum(load.in_flight for load in loads), sum(load.queued for load in loads)
-        return in_flight, queued, sum(load.peak for load in loads)
+        due = self.tasks_due.get(key, 0)
+        return in_flight, queued + due, sum(load.peak for load in loads) + due
 
     def in_flight_at(self, key: DeploymentKey, replica: ReplicaId) -> int:
         """Requests that gateways have at one replica."""

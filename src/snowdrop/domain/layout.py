@@ -80,6 +80,11 @@ class StateLayout(msgspec.Struct, frozen=True):
         return self.root / "platform"
 
     @property
+    def tasks(self) -> Path:
+        """Bodies of tasks' requests and answers that are too large for the database."""
+        return self.root / "tasks"
+
+    @property
     def run(self) -> Path:
         return self.root / "run"
 

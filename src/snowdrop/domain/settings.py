@@ -22,6 +22,7 @@ Grace = Annotated[float, msgspec.Meta(ge=0, le=31_536_000)]
 """How long garbage is kept: up to a year."""
 Bound = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 Ratio = Annotated[float, msgspec.Meta(ge=0, le=1)]
+LeaseTime = Annotated[float, msgspec.Meta(ge=0.5, le=3_600)]
 NodeName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
 Uid = Annotated[int, msgspec.Meta(ge=1_000, le=2_000_000_000)]
 
@@ -149,6 +150,26 @@ class TracingSettings(msgspec.Struct, frozen=True, kw_only=True):
     sample_ratio: Ratio = 0.01
 
 
+class TaskSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Durable tasks: how long a lease lasts, how many wait and run, what is kept of them and for how long.
+
+    Ended tasks go after `kept_s`, and oldest first above `kept_max` or `stored_bytes_max`. Webhooks go to public
+    addresses only, unless `webhook_private_allowed`.
+    """
+
+    lease_s: LeaseTime = 15.0
+    attempts_max: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
+    ttl_s: Grace = 86_400.0
+    waiting_max: Count = 100_000
+    running_max: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 256
+    body_bytes_max: SomeBytes = 64 << 20
+    result_bytes_max: SomeBytes = 256 << 20
+    stored_bytes_max: SomeBytes = 10 << 30
+    kept_s: Grace = 604_800.0
+    kept_max: Count = 100_000
+    webhook_private_allowed: bool = False
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All groups. `state` is the folder that holds everything the platform writes."""
 
@@ -160,3 +181,4 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     logs: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()
     metrics: MetricsSettings = MetricsSettings()
+    tasks: TaskSettings = TaskSettings()

@@ -12,9 +12,10 @@ from snowdrop.gateway.httpsink import error_response
 from snowdrop.gateway.openai.routes import add_routes as add_openai_routes
 from snowdrop.gateway.readiness import Readiness
 from snowdrop.gateway.relay import Relay
+from snowdrop.gateway.tasks.edge import TaskEdge
 
 
-def build_app(relay: Relay, *, ready: Callable[[], bool]) -> web.Application:
+def build_app(relay: Relay, *, ready: Callable[[], bool], tasks: TaskEdge | None = None) -> web.Application:
     """The application of one worker. `ready` says whether the gateway has heard from control."""
 
     async def healthz(_request: web.Request) -> web.Response:
@@ -35,6 +36,9 @@ def build_app(relay: Relay, *, ready: Callable[[], bool]) -> web.Application:
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     add_openai_routes(app, relay)
+    if tasks is not None:
+        tasks.add_routes(app)
+        relay.respond_async = tasks.respond_async
     app.router.add_get("/{deployment}/readyz", Readiness(relay).handle)  # HEAD as well
     app.router.add_route("*", "/{deployment}/{path:.*}", relay.handle)
     app.router.add_route("*", "/{tail:.*}", unknown)

@@ -34,6 +34,9 @@ from snowdrop.gateway.link import ControlLink
 from snowdrop.gateway.owner import Owner
 from snowdrop.gateway.queue import QueueCore
 from snowdrop.gateway.relay import Relay
+from snowdrop.gateway.tasks.client import TaskControl
+from snowdrop.gateway.tasks.dispatcher import Dispatcher
+from snowdrop.gateway.tasks.edge import TaskEdge, task_edge
 from snowdrop.gateway.upstream.pool import Upstreams
 from snowdrop.gateway.workers import STOP_MARGIN_S, Keeper, Kept
 from snowdrop.telemetry.metrics import process_registry
@@ -69,9 +72,10 @@ class _Edge(msgspec.Struct, frozen=True, kw_only=True):
 class _Worker:
     """What relays in one process: its app can be made anew, over the same connections and the same broker."""
 
-    def __init__(self, carrier: Carrier, *, ready: Callable[[], bool]) -> None:
+    def __init__(self, carrier: Carrier, *, ready: Callable[[], bool], tasks: TaskEdge) -> None:
         self._carrier = carrier
         self._ready = ready
+        self._tasks = tasks
 
     def app(self, gateway: GatewaySettings) -> tuple[Relay, web.Application]:
         relay = Relay(
@@ -79,7 +83,7 @@ class _Worker:
             request_bytes_max=gateway.request_bytes_max,
             websocket_idle_s_max=gateway.websocket_idle_s_max,
         )
-        return relay, build_app(relay, ready=self._ready)
+        return relay, build_app(relay, ready=self._ready, tasks=self._tasks)
 
 
 @contextmanager
@@ -135,6 +139,7 @@ async def run_gateway(
             background.start_soon(partial(owner.run, load_report_s=gateway.load_report_s))
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(until_stopped, tasks.cancel_scope)
+                tasks.start_soon(partial(_dispatch, layout, settings, owner, holder=name))
                 if certificate is not None:
                     tasks.start_soon(certificate.watch)
                 if gateway.workers > 1:
@@ -145,8 +150,9 @@ async def run_gateway(
                 broker = LocalBroker(owner, "worker-0")
                 with carrying(broker, upstreams, settings, owner.counts.request_done) as carrier:
                     spare_collector()
-                    async with calls_of(carrier, layout, gateway, "worker-0"):
-                        await _serve_generations(edge, _Worker(carrier, ready=lambda: core.connected))
+                    async with task_edge(layout) as durable, calls_of(carrier, layout, gateway, "worker-0"):
+                        worker = _Worker(carrier, ready=lambda: core.connected, tasks=durable)
+                        await _serve_generations(edge, worker)
             background.cancel_scope.cancel()
 
 
@@ -166,7 +172,7 @@ async def run_worker(
     with ExitStack() as stack:
         listening = _inherited(stack, listen_fds, certificate)
         carrier = stack.enter_context(carrying(broker, upstreams, settings, counts.request_done))
-        async with anyio.create_task_group() as background:
+        async with task_edge(layout) as durable, anyio.create_task_group() as background:
             stream = await anyio.connect_unix(layout.owner_socket)
             await background.start(broker.run, stream)
             background.start_soon(_hand_over, broker, counts)
@@ -177,13 +183,23 @@ async def run_worker(
                 if certificate is not None:
                     tasks.start_soon(certificate.watch)
                 spare_collector()
-                worker = _Worker(carrier, ready=lambda: broker.connected)
+                worker = _Worker(carrier, ready=lambda: broker.connected, tasks=durable)
                 async with calls_of(carrier, layout, gateway, name):
                     await _serve_until_replaced(worker, gateway, listening, ready)
                 tasks.cancel_scope.cancel()
             broker.counted(counts.taken())
             await anyio.lowlevel.checkpoint()
             background.cancel_scope.cancel()
+
+
+async def _dispatch(layout: StateLayout, settings: Settings, owner: Owner, *, holder: str) -> None:
+    """Carries tasks until it is cancelled; `holder` is the gateway's name on its link to control."""
+    control, upstreams = TaskControl(str(layout.control_socket)), Upstreams()
+    async with control.open(), anyio.create_task_group() as beside:
+        beside.start_soon(upstreams.run)
+        with carrying(LocalBroker(owner, "tasks"), upstreams, settings, owner.counts.request_done) as carrier:
+            dispatcher = Dispatcher(control, carrier, settings.tasks, holder=holder, spool=layout.run / "tasks")
+            await dispatcher.run(shutdown_s_max=settings.gateway.shutdown_s_max)
 
 
 async def _serve_until_replaced(

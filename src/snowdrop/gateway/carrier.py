@@ -115,6 +115,7 @@ class Carrier:
                 lease.unreachable(str(error))
             finally:
                 lease.release()
+        call.granted = None  # no replica has seen anything of it
         raise ReplicaDiedError(
             f"no replica of {call.deployment!r} could be reached in {ATTEMPTS_MAX} attempts", next_step="try again"
         )

@@ -10,7 +10,7 @@ import msgspec
 from snowdrop.domain.errors import ConflictError
 from snowdrop.domain.ids import TenantId
 from snowdrop.domain.secret import SecretRecord
-from snowdrop.state.sqlite_tasks import Transact
+from snowdrop.state.group_commit import Transact
 
 SECRET_TABLES: tuple[str, ...] = (
     """CREATE TABLE secret (

@@ -9,7 +9,7 @@ import msgspec
 from snowdrop.domain.ids import DeploymentName, TenantId
 from snowdrop.policy.autoscale.learned import Learned
 from snowdrop.policy.autoscale.record import ScalingRecord
-from snowdrop.state.sqlite_tasks import Transact
+from snowdrop.state.group_commit import Transact
 from snowdrop.wire.waits import WaitRecord
 
 _encode = msgspec.json.Encoder().encode

@@ -6,13 +6,13 @@ What queries look at stands in indexes that hold all they need: a scan never rea
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import msgspec
 
 from snowdrop.domain.ids import DeploymentName, TaskId, TenantId
 from snowdrop.domain.task import Task, TaskState
+from snowdrop.state.group_commit import GroupCommit, Transact
 from snowdrop.state.tasks import (
     Change,
     DeploymentKey,
@@ -23,7 +23,6 @@ from snowdrop.state.tasks import (
     unknown_task,
 )
 
-T = TypeVar("T")
 TRIM_MAX = 10_000
 IDS_MAX = 500
 _encode = msgspec.json.Encoder().encode
@@ -48,17 +47,11 @@ TASK_TABLES: tuple[str, ...] = (
 )
 
 
-class Transact(Protocol):
-    """Runs work in one transaction; all of it happens or nothing does."""
-
-    async def __call__(self, work: Callable[[sqlite3.Connection], T]) -> T: ...
-
-
 class SqliteTasks:
     """See the port."""
 
     def __init__(self, transact: Transact) -> None:
-        self._transact = transact
+        self._transact = GroupCommit(transact)
 
     async def submit(self, task: Task, body: bytes | None, *, waiting_max: int) -> tuple[Task, bool]:
         def work(db: sqlite3.Connection) -> tuple[Task, bool]:

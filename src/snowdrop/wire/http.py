@@ -9,6 +9,7 @@ from pathlib import Path
 from aiohttp import web
 
 SHUTDOWN_S_MAX = 2.0
+BACKLOG = 1_024
 
 
 @asynccontextmanager
@@ -18,7 +19,7 @@ async def serving_unix(app: web.Application, path: Path) -> AsyncIterator[None]:
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S_MAX)
     await runner.setup()
     try:
-        await web.UnixSite(runner, str(path)).start()
+        await web.UnixSite(runner, str(path), backlog=BACKLOG).start()
         path.chmod(0o600)
         yield
     finally:

@@ -1,0 +1,1 @@
+"""Durable tasks: the queue, its API, its files and webhooks."""
