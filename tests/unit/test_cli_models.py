@@ -44,7 +44,7 @@ def shown(origin: MemoryOrigin, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) 
         client=SimpleNamespace(get=lambda *_: info), layout=SimpleNamespace(content_keys=tmp_path / "none")
     )
     monkeypatch.setattr(models, "open_origin", lambda *_: origin)
-    return models._manifest(ctx, RECORD)
+    return models.manifest_of(ctx, RECORD)
 
 
 def test_a_manifest_of_any_size_is_read_up_to_the_limit(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

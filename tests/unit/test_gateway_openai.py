@@ -52,9 +52,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Bench:
     """A gateway with its real queues, and replicas as each test wants them."""
 
-    def __init__(self, folder: Path, owner: Owner, url: str) -> None:
+    def __init__(self, folder: Path, owner: Owner, core: QueueCore, url: str) -> None:
         self.folder = folder
         self.owner = owner
+        self.core = core
         self.url = url
         self.client = openai.AsyncOpenAI(
             base_url=f"{url}/v1", api_key="sd_mine", timeout=WAIT_S_MAX, max_retries=0
@@ -104,7 +105,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     relay = Relay(Carrier(LocalBroker(owner, "w"), upstreams), request_bytes_max=BODY_BYTES_MAX)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         async with serving(build_app(relay, ready=lambda: True), listener, shutdown_s_max=WAIT_S_MAX):
-            made = Bench(tmp_path, owner, f"http://127.0.0.1:{listener.getsockname()[1]}")
+            made = Bench(tmp_path, owner, core, f"http://127.0.0.1:{listener.getsockname()[1]}")
             async with made.client:
                 yield made
     upstreams.close()
@@ -204,6 +205,18 @@ async def test_an_unknown_model_is_404_in_their_shape_and_nothing_is_woken(bench
     assert repr(model) in missing.value.message
     assert missing.value.response.headers["x-should-retry"] == "false"
     assert not any(load.queued or load.arrived for load in bench.owner.load_report().loads)
+
+
+async def test_a_stand_in_for_a_key_is_as_good_as_none(bench: Bench) -> None:
+    stranger = bench.client.with_options(api_key="none")
+    with pytest.raises(openai.AuthenticationError, match="API key is required"):
+        await stranger.models.list()
+    with pytest.raises(openai.AuthenticationError, match="API key is required"):
+        await stranger.chat.completions.create(**say())
+    bench.core._keys_required = False
+    assert (await stranger.models.list()).data
+    with pytest.raises(openai.AuthenticationError, match="unknown API key"):
+        await bench.client.with_options(api_key="sd_wrong").models.list()
 
 
 async def test_an_embedder_is_not_woken_by_a_chat(bench: Bench) -> None:

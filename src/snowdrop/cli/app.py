@@ -23,6 +23,7 @@ from snowdrop.cli import (
     tasks,
     why,
 )
+from snowdrop.cli import run as run_model
 from snowdrop.cli.output import Globals
 
 app = typer.Typer(
@@ -63,6 +64,8 @@ mounts.add_commands(models.app)
 app.add_typer(models.app, name="model")
 app.add_typer(store.app, name="store")
 app.command()(deployments.deploy)
+app.command()(run_model.run)
+app.command("deploy-command")(run_model.deploy_command)
 app.command()(deployments.ps)
 app.command()(deployments.describe)
 app.command()(scaling.scale)

@@ -29,17 +29,15 @@ from snowdrop.cli.output import (
     table,
 )
 from snowdrop.cli.platform import JsonFlag
-from snowdrop.content.ingest import push_code
-from snowdrop.content.leases import push_lease
-from snowdrop.content.origin import open_origin
+from snowdrop.cli.publishing import publish_revision
 from snowdrop.domain.errors import InvalidInputError, NotFoundError, PlatformDownError
-from snowdrop.domain.ids import TenantId, parse_name
+from snowdrop.domain.ids import parse_name
 from snowdrop.domain.replica import ReplicaReport
 from snowdrop.domain.rollout import RolloutStep, parse_steps
 from snowdrop.domain.service import ServiceSpec
 from snowdrop.sdk.environment import check_requirements
 from snowdrop.sdk.inspect import describe_service
-from snowdrop.wire.api import Deploy, Deployed, DeploymentView, Description, Info
+from snowdrop.wire.api import DeploymentView, Description, Info
 
 DELETE_S_MAX = 60.0
 CALL_S_MAX = 3_600.0
@@ -60,19 +58,12 @@ def deploy(  # noqa: PLR0917 -- the options of `snowdrop deploy`
     with reported():
         ctx = context(json=json)
         file, _, class_name = target.partition(":")
-        info = ctx.client.get(Info, "info")
         spec = describe_service(Path(file), class_name or None)
         spec = _with_options(spec, canary, env or [], preview=preview)
         _check_environment(spec)
         chosen = parse_name(_dashed(spec.class_name) if name is None else name, what="deployment name")
         folder = Path(file).resolve().parent
-        # The lease is held until the revision names the code: until then collection must not take it for garbage.
-        origin = open_origin(info.origin_url, info.origin)
-        with push_lease(origin, purpose=f"deploy of {ctx.tenant}/{chosen}") as lease:
-            code = push_code(folder, lease.origin, tenant=TenantId(ctx.tenant))
-            lease.check()
-            body = Deploy(spec=spec, code=code.artefact, lease=lease.id)
-            deployed = ctx.client.send(Deployed, "POST", "deployments", chosen, body=body)
+        deployed, code = publish_revision(ctx, chosen, spec, folder)
         if ctx.json:
             say_json(deployed)
             return
@@ -83,7 +74,12 @@ def deploy(  # noqa: PLR0917 -- the options of `snowdrop deploy`
         )
         for endpoint in spec.endpoints:
             console.print(f"  {deployed.url}{endpoint.path}")
-        console.print(f"  next: snowdrop call {chosen}{_example(spec)}", style="dim")
+        if not spec.endpoints:
+            console.print(f"  {deployed.url}/")
+        if spec.openai_paths:
+            console.print(f"  model {chosen} at {deployed.url.rsplit('/', 1)[0]}/v1 for OpenAI's clients")
+        if spec.endpoints:
+            console.print(f"  next: snowdrop call {chosen}{_example(spec)}", style="dim")
 
 
 def _with_options(spec: ServiceSpec, canary: str | None, env: list[str], *, preview: bool) -> ServiceSpec:

@@ -108,6 +108,19 @@ def push(
         _say_pushed(record, result, time.monotonic() - started_s)
 
 
+def push_model(ctx: Context, name: str, source: str, reached: SourceOptions) -> ModelRecord:
+    """`model push` with default options, as part of another command."""
+    parse_name(name, what="model name")
+    opened = open_source(source, reached)
+    started_s = time.monotonic()
+    with publication(ctx, name) as published:
+        result = _carry(ctx, name, opened, published, PushOptions())
+        record = published.publish(ctx, result.artefact, source=opened.name)
+    if not ctx.json:
+        _say_pushed(record, result, time.monotonic() - started_s)
+    return record
+
+
 def _hasher(ctx: Context, *, private: bool) -> Hasher:
     if not private:
         return PUBLIC_HASHER
@@ -174,7 +187,7 @@ def show(name: str, json: JsonFlag = False) -> None:
     with reported():
         ctx = context(json=json)
         record = ctx.client.get(ModelRecord, "models", name)
-        manifest = _manifest(ctx, record)
+        manifest = manifest_of(ctx, record)
         if ctx.json:
             say_json({"model": record, "files": manifest.files})
             return
@@ -199,7 +212,8 @@ def rm(name: str, json: JsonFlag = False) -> None:
             console.print(f"removed {name}; its bytes stay at the origin until `snowdrop store gc` collects them")
 
 
-def _manifest(ctx: Context, record: ModelRecord) -> Manifest:
+def manifest_of(ctx: Context, record: ModelRecord) -> Manifest:
+    """A model's manifest, read from the origin and checked."""
     info = ctx.client.get(Info, "info")
     hasher = load_keyring(ctx.layout.content_keys).hasher(record.artefact.key_domain)
     origin = open_origin(info.origin_url, info.origin)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 
 from snowdrop.cli.output import Context
+from snowdrop.content.ingest import PushResult, push_code
 from snowdrop.content.leases import PushLease, push_lease
 from snowdrop.content.origin import Origin, open_origin
 from snowdrop.content.refs import make_ref
@@ -16,7 +18,8 @@ from snowdrop.content.signing import KeyStore
 from snowdrop.domain.deployment import ModelRecord
 from snowdrop.domain.ids import TenantId
 from snowdrop.domain.manifest import ArtefactRef
-from snowdrop.wire.api import Info, NextGeneration, PutModel
+from snowdrop.domain.service import ServiceSpec
+from snowdrop.wire.api import Deploy, Deployed, Info, NextGeneration, PutModel
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +49,18 @@ class Publication(msgspec.Struct, frozen=True, kw_only=True):
         )
         body = PutModel(ref=ref.decode(), lease=self.lease.id, source=source)
         return ctx.client.send(ModelRecord, "PUT", "models", self.name, body=body)
+
+
+def publish_revision(ctx: Context, name: str, spec: ServiceSpec, folder: Path) -> tuple[Deployed, PushResult]:
+    """Packs the code in `folder` and makes a revision with it. Raises as control does."""
+    info = ctx.client.get(Info, "info")
+    # The lease is held until the revision names the code: until then collection must not take it for garbage.
+    origin = open_origin(info.origin_url, info.origin)
+    with push_lease(origin, purpose=f"deploy of {ctx.tenant}/{name}") as lease:
+        code = push_code(folder, lease.origin, tenant=TenantId(ctx.tenant))
+        lease.check()
+        body = Deploy(spec=spec, code=code.artefact, lease=lease.id)
+        return ctx.client.send(Deployed, "POST", "deployments", name, body=body), code
 
 
 @contextmanager

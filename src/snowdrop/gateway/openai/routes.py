@@ -23,7 +23,7 @@ from snowdrop.gateway.openai.asking import read_asked, read_whole
 from snowdrop.gateway.openai.sink import OpenAiSink
 from snowdrop.gateway.preferences import read_preferences
 from snowdrop.gateway.relay import Relay, make_call, request_id_of
-from snowdrop.tenancy.keys import bearer, key_sha256
+from snowdrop.tenancy.keys import KEY_PREFIX, bearer, key_sha256
 from snowdrop.wire.slots import Speaker
 
 _encode = msgspec.json.Encoder().encode
@@ -69,6 +69,7 @@ class OpenAiApi:
                 asked=preferred,
             )
             call.kind = "openai"
+            call.caller = msgspec.structs.replace(call.caller, key_sha256=digest_of(request))
             call.dialect = request.path
             if preferred.respond_async and self._relay.respond_async is not None:
                 return await self._relay.respond_async(request, call)
@@ -119,9 +120,16 @@ class OpenAiApi:
         return refusal(error, request_id, code="unknown_url")
 
     async def _speakers(self, request: web.Request) -> tuple[Speaker, ...]:
-        secret = bearer(request.headers.get(hdrs.AUTHORIZATION))
-        digest = key_sha256(secret) if secret is not None else None
-        return await self._relay.carrier.broker.speakers(digest)
+        return await self._relay.carrier.broker.speakers(digest_of(request))
+
+
+def digest_of(request: web.Request) -> str | None:
+    """The SHA-256 of the caller's key. OpenAI's clients insist on a key: what is not of our form is a stand-in.
+
+    Where keys are required, a stand-in is as good as none.
+    """
+    secret = bearer(request.headers.get(hdrs.AUTHORIZATION))
+    return key_sha256(secret) if secret is not None and secret.startswith(KEY_PREFIX) else None
 
 
 def refusal(

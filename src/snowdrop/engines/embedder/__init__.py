@@ -1,0 +1,1 @@
+"""Packed as the code of a revision."""
