@@ -51,7 +51,8 @@ class Lineage:
         targets = {
             name: _target(deployments[name]) for name in {wait.target for wait in waits} if name in deployments
         }
-        if key not in blocked(targets, waits):
+        parents = {lease: held.parent for lease, held in self._leases.items() if held.parent}
+        if key not in blocked(targets, waits, parents):
             return None
         slots = targets[key].slots_max
         name = deployments[key].route.deployment

@@ -1,6 +1,7 @@
 """Which deployments can never give a slot again, because whoever holds one waits for another. Pure.
 
-A request that holds a slot and whose call to another service waits there is stuck as long as that one waits. A
+A request that holds a slot is stuck as long as a call that it made to another service waits there, or runs and is
+stuck itself. A
 deployment is blocked if as many requests as it may ever have slots hold one there and are stuck on a blocked
 deployment. That is the largest such set: begin with all that are full, and take away, until nothing
 changes, each that has too few holders which are stuck on one of the rest.
@@ -31,19 +32,28 @@ class InnerWait(msgspec.Struct, Generic[Key], frozen=True):
     target: Key
 
 
-def blocked(targets: Mapping[Key, Target], waits: Sequence[InnerWait[Key]]) -> frozenset[Key]:
-    """The targets that no wait for a slot of can ever end, as things stand."""
-    waited_for: dict[int, set[Key]] = {}
-    for wait in waits:
-        waited_for.setdefault(wait.parent, set()).add(wait.target)
+def blocked(
+    targets: Mapping[Key, Target], waits: Sequence[InnerWait[Key]], parents: Mapping[int, int]
+) -> frozenset[Key]:
+    """The targets that no wait for a slot of can ever end, as things stand.
+
+    `parents` gives, for a lease that a call holds, the lease that it was made under.
+    """
     remaining = {key for key, target in targets.items() if len(target.holders) >= target.slots_max}
     while True:
-        free = {key for key in remaining if _stuck(targets[key], waited_for, remaining) < targets[key].slots_max}
+        stuck = _stuck(waits, parents, remaining)
+        free = {key for key in remaining if len(stuck.intersection(targets[key].holders)) < targets[key].slots_max}
         if not free:
             return frozenset(remaining)
         remaining -= free
 
 
-def _stuck(target: Target, waited_for: Mapping[int, set[Key]], remaining: set[Key]) -> int:
-    """How many of its holders wait for one of the `remaining`."""
-    return sum(1 for holder in target.holders if not waited_for.get(holder, set()).isdisjoint(remaining))
+def _stuck(waits: Sequence[InnerWait[Key]], parents: Mapping[int, int], remaining: set[Key]) -> set[int]:
+    """The leases whose calls wait for one of the `remaining`, and those that wait for such a call to end."""
+    stuck: set[int] = set()
+    for wait in waits:
+        lease = wait.parent if wait.target in remaining else 0
+        while lease and lease not in stuck:
+            stuck.add(lease)
+            lease = parents.get(lease, 0)
+    return stuck

@@ -12,8 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import cast
 
 import anyio
 import msgspec
@@ -21,7 +20,7 @@ from aiohttp import web
 
 from snowdrop.domain.calling import LEASE_HEADER
 from snowdrop.domain.errors import ConflictError, ForbiddenError, NotFoundError, SnowdropError, UnavailableError
-from snowdrop.domain.ids import DeploymentName, ReplicaId
+from snowdrop.domain.ids import DeploymentName
 from snowdrop.gateway.bodies import IncomingBody
 from snowdrop.gateway.call import Call, Caller, CallerGoneError
 from snowdrop.gateway.carrier import Carrier
@@ -44,7 +43,7 @@ class CallDoor:
     def __init__(self, carrier: Carrier, *, request_bytes_max: int) -> None:
         self._carrier = carrier
         self._request_bytes_max = request_bytes_max
-        self._callers: WeakKeyDictionary[Any, Introduction] = WeakKeyDictionary()
+        self._callers: dict[object, Introduction] = {}
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=INTRODUCTION_BYTES_MAX)
@@ -59,7 +58,11 @@ class CallDoor:
             if request.protocol in self._callers:
                 raise ConflictError("this connection has a caller already", where=INTRODUCTION_PATH)
             introduction = msgspec.json.decode(await request.read(), type=Introduction)
-            if self._open(introduction.replica) >= CONNECTIONS_MAX:
+            self._drop_closed()
+            if (
+                sum(1 for each in self._callers.values() if each.replica == introduction.replica)
+                >= CONNECTIONS_MAX
+            ):
                 raise UnavailableError(
                     "the replica has too many connections",
                     where=f"connections_max={CONNECTIONS_MAX}",
@@ -125,13 +128,13 @@ class CallDoor:
             kind="call",
         )
 
-    def _open(self, replica: ReplicaId) -> int:
-        """Connections that the replica has now."""
-        return sum(
-            1
+    def _drop_closed(self) -> None:
+        """Nobody tells us when a connection ends; a new one is the time to look."""
+        self._callers = {
+            protocol: caller
             for protocol, caller in self._callers.items()
-            if caller.replica == replica and protocol.transport is not None
-        )
+            if cast("web.RequestHandler", protocol).transport is not None
+        }
 
 
 def _lease(text: str) -> int:
