@@ -2,17 +2,18 @@
 
 The service sleeps 2 s to start and 0.2 s for a request, has 4 slots a replica and at most 8 replicas. The *ideal
 schedule* knows the whole burst in advance: it starts all 8 replicas with the first request, each is ready after
-exactly 2 s, and a slot that is free takes the oldest request at once. A burst *needs* n replicas if n are the
-fewest with which even an ideal schedule ends within 1.3 times that.
+exactly 2 s, and a slot that is free takes the oldest request at once.
 
-`fresh` rounds are the first requests that their deployment ever gets; in `known` ones the platform has seen a
-start and a few requests before.
+In `known` rounds the platform has seen a start and a few requests before: such a burst *needs* n replicas if n are
+the fewest with which even an ideal schedule ends within 1.3 times the one of all 8. `fresh` rounds are the first
+requests that their deployment ever gets; nothing is known of them, so one needs as many as give everyone a slot.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,12 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
 
     def arrivals_s(self) -> list[float]:
         return [self.spread_s * number / self.requests for number in range(self.requests)]
+
+    def needed(self) -> int:
+        """Replicas that the burst needs."""
+        if self.fresh:
+            return min(REPLICAS_MAX, math.ceil(self.requests / SLOTS))
+        return needed(self.arrivals_s())
 
 
 SCENES = (
@@ -138,7 +145,7 @@ class Bursts:
             "last_answer_s": answers.last_s,
             "ratio_to_ideal": answers.last_s / ideal_s(arrivals_s, REPLICAS_MAX),
             "started": float(started),
-            "needed": float(needed(arrivals_s)),
+            "needed": float(scene.needed()),
         }
 
     def _name(self, scene: Scene) -> str:
@@ -165,7 +172,7 @@ class Bursts:
 
 def ideal_round(scene: Scene) -> Round:
     arrivals_s = scene.arrivals_s()
-    return {"last_answer_s": ideal_s(arrivals_s, REPLICAS_MAX), "needed": float(needed(arrivals_s))}
+    return {"last_answer_s": ideal_s(arrivals_s, REPLICAS_MAX), "needed": float(scene.needed())}
 
 
 def bars(results: Results) -> list[Bar]:
@@ -180,7 +187,7 @@ def bars(results: Results) -> list[Bar]:
         made.append(Bar(name=f"burst.{name}.ratio_to_ideal", value=ratio, limit=RATIO_MAX, better="lower"))
     for name in ("known-60", "fresh-12"):
         started = max(results.values(name, "started"), default=None)
-        need = needed(next(scene for scene in SCENES if scene.name == name).arrivals_s())
+        need = next(scene for scene in SCENES if scene.name == name).needed()
         limit = need + SPARE + 1  # a bar is below its limit
         made.append(Bar(name=f"burst.{name}.started", value=started, limit=limit, better="lower"))
     return made
