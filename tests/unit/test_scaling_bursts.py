@@ -64,6 +64,18 @@ async def test_a_small_burst_never_overshoots_by_more_than_one(seed: int) -> Non
     assert len(world.started) <= needed(arrivals_s) + 1
 
 
+async def test_what_was_before_an_idle_time_starts_nothing_after_it() -> None:
+    world = await world_at_zero(known=True)
+    for _ in range(500):
+        world.request()
+    world.run(12.0)
+    assert not world.world.replicas, "not at zero"
+    world.started.clear()
+    world.request()
+    world.run(5.0)
+    assert len(world.started) == 1
+
+
 async def test_a_start_far_slower_than_learned_breeds_no_replica() -> None:
     world = await world_at_zero(known=True)
     world.start_s = lambda: 90.0

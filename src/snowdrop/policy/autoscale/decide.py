@@ -235,7 +235,10 @@ def judge(signals: Signals) -> AutoscaleDecision:
 
 
 def after(state: AutoscaleState, signals: Signals, decision: AutoscaleDecision, now_s: float) -> AutoscaleState:
-    """What to remember of a decision."""
+    """What to remember of a decision. A deployment that has gone idle begins anew with its next request."""
+    if decision.unbounded == 0:
+        windows = Windows(first_s=now_s, sampled_s=now_s)
+        return msgspec.structs.replace(state, windows=windows, previous=0, hold=0, hold_until_s=None)
     until_s = now_s + signals.stable_window_s if decision.holds_anew else state.hold_until_s
     hold = min(decision.hold, signals.bounds.max)
     if hold == 0 or until_s is None or now_s >= until_s:
