@@ -9,6 +9,7 @@ import typer
 
 from snowdrop import __version__
 from snowdrop.cli import (
+    batch,
     deployments,
     dev,
     gateway,
@@ -81,6 +82,7 @@ app.command()(receipts.usage)
 app.add_typer(keys.app, name="key")
 app.add_typer(gateway.app, name="gateway")
 app.add_typer(tasks.app, name="task")
+app.add_typer(batch.app, name="batch")
 app.command()(dev.dev)
 
 
