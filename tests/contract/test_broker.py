@@ -1,6 +1,7 @@
 """One suite for both brokers: the one inside of the owner's process, and the one over a socket."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,15 +11,23 @@ import anyio.lowlevel
 import pytest
 
 from platform_helpers import KEY, NAME, call, caller, replica_route, route
-from snowdrop.domain.errors import NotFoundError, PlatformDownError, RevisionFailedError, UnauthorisedError
-from snowdrop.domain.ids import ReceiptId
+from snowdrop.domain.errors import (
+    NotFoundError,
+    PlatformDownError,
+    RevisionFailedError,
+    UnauthorisedError,
+    WaitedTooLongError,
+)
+from snowdrop.domain.ids import DeploymentName, ReceiptId
+from snowdrop.domain.service import QueueSpec
 from snowdrop.gateway.broker import Broker, LocalBroker, RemoteBroker
+from snowdrop.gateway.call import WaitOptions
 from snowdrop.gateway.effects import Now
 from snowdrop.gateway.owner import Owner
 from snowdrop.gateway.queue import QueueCore
 from snowdrop.wire.codec import PROTOCOL_VERSION
 from snowdrop.wire.control import CallerServed, RouteChanged, Routes
-from snowdrop.wire.slots import TO_WORKER, Granted, WorkerHello
+from snowdrop.wire.slots import TO_WORKER, Granted, WaitNews, WorkerHello
 from snowdrop.wire.stream import MessageStream
 
 pytestmark = pytest.mark.anyio
@@ -168,6 +177,69 @@ class TestBroker:
         broker.unreachable(await acquire(broker), "connection refused")
         await bench.until(lambda: bench.counts() == (0, 0) and len(bench.said) == 1)
         assert getattr(bench.said[0], "message", "") == "connection refused"
+
+    async def test_who_wants_to_know_hears_how_it_stands(self, bench: Bench, broker: Broker) -> None:
+        bench.show(queue=QueueSpec(progress_first_s=3.0), start_s=9.0)
+        told: list[WaitNews] = []
+
+        async def wait() -> None:
+            broker.release(await broker.acquire(call(wait=WaitOptions(progress=True)), told.append))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait)
+            await bench.until(lambda: bool(told))
+            assert (told[0].phase, told[0].position, told[0].first_s) == ("activate", 0, 3.0)
+            assert told[0].expected_s == 9.0
+            bench.owner._carry_out(bench.core.tick(Now(anyio.current_time() + 5.0, 0)))
+            await bench.until(lambda: len(told) == 2)
+            bench.show(replica_route())
+        await bench.until(lambda: not bench.core.busy)
+
+    async def test_looks_and_wakes(self, bench: Bench, broker: Broker) -> None:
+        bench.show()
+        looked = await broker.look(None, NAME, activate=False)
+        assert (looked.ready, looked.phase, looked.woken) == (0, "activate", False)
+        assert bench.counts() == (0, 0)
+        looked = await broker.look(None, NAME, activate=True)
+        assert looked.woken
+        assert bench.counts() == (0, 1)
+        bench.show(replica_route())
+        assert (await broker.look(None, NAME, activate=False)).ready == 1
+        with pytest.raises(NotFoundError):
+            await broker.look(None, DeploymentName("nobody"), activate=True)
+        assert bench.counts() == (0, 0)
+
+    async def test_asks_with_all_that_the_order_goes_by(self, bench: Bench, broker: Broker) -> None:
+        bench.show(queue=QueueSpec(priority_max=5))
+        async with anyio.create_task_group() as tasks:
+            for name, priority in (("low", None), ("high", 5)):
+                asked = call(wait=WaitOptions(priority=priority, wait_s_max=60.0), label="me", request_id=name)
+                tasks.start_soon(broker.acquire, asked)
+            await bench.until(lambda: bench.counts() == (0, 2))
+            (deployment,) = bench.core._deployments.values()
+            waiting = {each.request.request_id: each for each in deployment.line.values()}
+            assert (waiting["high"].priority, waiting["low"].priority) == (5, 0)
+            assert waiting["high"].request.label == "me"
+            assert waiting["high"].request.wait_s_max == 60.0
+            tasks.cancel_scope.cancel()
+        await bench.until(lambda: not bench.core.busy)
+
+    async def test_a_deadline_bounds_the_wait(self, bench: Bench, broker: Broker) -> None:
+        bench.show()
+        raised: list[str] = []
+
+        async def wait() -> None:
+            try:
+                await broker.acquire(call(deadline_unix_s=time.time() + 30.0))
+            except WaitedTooLongError as error:
+                raised.append(error.where)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait)
+            await bench.until(lambda: bench.counts() == (0, 1))
+            bench.owner._carry_out(bench.core.tick(Now(time.monotonic() + 31.0, 0)))
+            await bench.until(lambda: bool(raised))
+        assert raised[0].startswith("the caller's own bound of ")
 
     async def test_a_caller_is_told_until_control_has_stored_it(self, bench: Bench, broker: Broker) -> None:
         told = CallerServed(receipt=ReceiptId("rcp-1"), caller=caller())
