@@ -439,3 +439,27 @@ async def test_a_connection_in_use_outlives_the_sweep(bench: Bench) -> None:
             assert (answer.status, await answer.text()) == (200, "done")
     bench.upstreams.sweep(time.monotonic() + 10_000)
     assert not bench.upstreams.open_paths
+
+
+async def test_a_client_that_goes_in_the_middle_of_an_answer_says_nothing_of_the_replica(bench: Bench) -> None:
+    """It is the client's connection that broke: the replica is as good as before, and gets the next request."""
+    gone = anyio.Event()
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        try:
+            while True:
+                await answer.write(b"x" * 65_536)
+                await asyncio.sleep(0)
+        finally:
+            gone.set()
+
+    async with bench.replica(stream):
+        async with bench.client.get("/e/x") as answer:
+            await answer.content.readexactly(1_000)
+            answer.close()
+        with anyio.fail_after(WAIT_S_MAX):
+            await gone.wait()
+        await bench.all_back()
+    assert bench.broker.unreached == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from platform_helpers import replica_route, route
 from snowdrop.domain.ids import DeploymentName
 from snowdrop.gateway.effects import Grant, Now
+from snowdrop.gateway.owner import Owner
 from snowdrop.gateway.queue import QueueCore
 from snowdrop.wire.slots import Acquire
 
@@ -59,3 +60,47 @@ def test_what_is_in_flight_is_told_by_replica() -> None:
         ask(core, ticket)
     (load,) = core.loads(NOW)
     assert sorted(load.busy.values()) == [1, 2]
+
+
+class Uplink:
+    """Control's end of the link: how often it was told to expect the load."""
+
+    def __init__(self) -> None:
+        self.loads = 0
+
+    def send_soon(self, message: object) -> None: ...
+
+    def load_changed(self) -> None:
+        self.loads += 1
+
+
+def test_a_control_that_comes_back_hears_of_those_who_wait() -> None:
+    """The request came while nobody listened: without being told again control would never start anything."""
+    core = make()
+    owner = Owner(core, "gw")
+    owner.attach("w", lambda _message: None)
+    owner.arrive("w", Acquire(ticket=1, key_sha256=None, deployment=DeploymentName("embed"), arrived_unix_ns=1))
+    uplink = Uplink()
+    owner.connected(uplink)
+    assert uplink.loads == 1
+    assert owner.load_report().loads[0].queued == 1
+
+
+def test_who_waits_is_reported_again_and_again() -> None:
+    """A report that was lost, or that control could not act on then, is not the last word."""
+    core = make()
+    ask(core, 1)
+    for _ in range(3):
+        assert core.worth_reporting
+        assert core.loads(NOW)[0].queued == 1
+
+
+def test_waits_ride_on_reports_a_bounded_number_at_a_time_each_once() -> None:
+    core = make()
+    for ticket in range(1, 251):
+        ask(core, ticket)
+        core.cancel("w", ticket, NOW)
+    owner = Owner(core, "gw")
+    told = [owner.load_report().waits for _ in range(4)]
+    assert [len(waits) for waits in told] == [100, 100, 50, 0]
+    assert {wait.outcome for waits in told for wait in waits} == {"gone"}
