@@ -129,6 +129,12 @@ def headers_up(request: web.Request) -> CIMultiDict[str]:
     """What of a request's headers a replica gets."""
     headers = without(request.headers, DROPPED_UP)
     headers["x-forwarded-host"] = request.host
+    client = request.remote
+    if client:  # none on the unix socket of the HTTP/2 listener, which has said it
+        before = headers.get("x-forwarded-for")
+        headers["x-forwarded-for"] = f"{before}, {client}" if before else client
+    if "x-forwarded-proto" not in headers:
+        headers["x-forwarded-proto"] = request.scheme
     return headers
 
 

@@ -208,7 +208,9 @@ class Exchange:
 
 def _head(method: str, target: str, headers: CIMultiDict[str], body: bytes | AsyncIterable[bytes]) -> bytes:
     """The head of a request. Raises InvalidInputError for a header that would end its line."""
-    lines = [f"{method} {target} HTTP/1.1\r\nhost: replica\r\n"]
+    lines = [f"{method} {target} HTTP/1.1\r\n"]
+    if "host" not in headers:
+        lines.append("host: replica\r\n")
     lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
     if isinstance(body, bytes):
         if body or method in _WITH_BODY:
@@ -216,6 +218,6 @@ def _head(method: str, target: str, headers: CIMultiDict[str], body: bytes | Asy
     elif "content-length" not in headers:
         lines.append(_CHUNKED)
     head = "".join(lines)
-    if head.count("\n") != len(lines) + 1 or head.count("\r") != len(lines) + 1:
+    if head.count("\n") != len(lines) or head.count("\r") != len(lines):
         raise InvalidInputError("a header has a line break in it", where="request headers")
     return head.encode("utf-8", "surrogateescape") + b"\r\n"
