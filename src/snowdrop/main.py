@@ -30,6 +30,7 @@ from snowdrop.telemetry.logs import configure_logs
 
 _PR_SET_PDEATHSIG = 1
 FLUSH_S_MAX = 5.0
+PROCESSES = ("supervise", "control", "agent", "gateway", "gateway-worker", "gateway-http2")
 
 
 def cli() -> None:
@@ -42,7 +43,9 @@ def cli() -> None:
 def main() -> int:
     """Entry of the platform's processes."""
     parser = argparse.ArgumentParser(prog="snowdrop.main")
-    parser.add_argument("process", choices=["supervise", "control", "agent", "gateway", "gateway-worker"])
+    parser.add_argument(
+        "process", choices=["supervise", "control", "agent", "gateway", "gateway-worker", "gateway-http2"]
+    )
     parser.add_argument("--state", required=True)
     parser.add_argument("--ready-fd", type=int, required=True)
     parser.add_argument(
@@ -67,6 +70,7 @@ def main() -> int:
         "agent": lambda: _agent(layout, settings, arguments),
         "gateway": lambda: _gateway(layout, settings, arguments),
         "gateway-worker": lambda: _gateway_worker(layout, settings, arguments),
+        "gateway-http2": lambda: _gateway_http2(layout, settings, arguments),
     }
     failed: list[str] = []
     try:
@@ -217,6 +221,18 @@ async def _gateway_worker(layout: StateLayout, settings: Settings, arguments: ar
         settings,
         name=arguments.worker,
         listen_fds=arguments.listen_fds,
+        ready=lambda: _say_ready(arguments),
+        until_stopped=_until_stopped,
+    )
+
+
+async def _gateway_http2(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
+    from snowdrop.gateway.edge.http2 import run_http2
+
+    await run_http2(
+        layout,
+        settings,
+        listen_fd=arguments.listen_fds[0],
         ready=lambda: _say_ready(arguments),
         until_stopped=_until_stopped,
     )

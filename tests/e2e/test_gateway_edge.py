@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import anyio
 import anyio.to_thread
 import pytest
+import trustme
+import websockets.asyncio.client
 from prometheus_client.parser import text_string_to_metric_families
+from websockets.exceptions import ConnectionClosed
 
-from e2e_platform import Platform, session, short_folder, wait_until
+from e2e_platform import CommandError, Platform, session, short_folder, wait_until
 
 pytestmark = pytest.mark.anyio
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -112,3 +118,103 @@ async def test_every_workers_requests_are_counted_once(edge: Platform) -> None:
         assert (await metrics(edge))["snowdrop_scrape_ok{control}"] == 0
     finally:
         os.kill(edge.pids()["control"], signal.SIGCONT)
+
+
+async def test_a_websocket_and_an_eventsource_from_zero_and_no_scale_down_under_them(edge: Platform) -> None:
+    """A websocket client and a browser's EventSource work unchanged; an open websocket keeps its replica."""
+    edge.deploy("socketed.py:service", "sock")
+    address = edge.url.replace("http://", "ws://") + "/sock/ws"
+    async with websockets.asyncio.client.connect(address, open_timeout=60, proxy=None) as client:
+        await client.send("abc")
+        assert await client.recv() == "cba"
+        assert edge.view("sock")["in_flight"] == 1
+        # What a browser's EventSource sends when it reconnects.
+        headers = {
+            "accept": "text/event-stream",
+            "last-event-id": "7",
+            "traceparent": f"00-{TRACE}-00f067aa0ba902b7-01",
+        }
+        async with session() as http, http.get(f"{edge.url}/sock/events", headers=headers) as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            text = await answer.text()
+        events = [block for block in text.split("\n\n") if block.startswith("id:")]
+        assert [event.split()[1] for event in events] == ["0", "1", "2"]
+        assert all("data: 7 " in event for event in events)
+        assert all(f"00-{TRACE}-" in event and "00f067aa0ba902b7" not in event for event in events)
+        (before,) = [replica["key"]["replica"] for replica in edge.replicas("sock")]
+        await anyio.sleep(3.0)  # thrice its idle time
+        assert [replica["key"]["replica"] for replica in edge.replicas("sock")] == [before]
+        await client.send("again")
+        assert await client.recv() == "niaga"
+        await anyio.to_thread.run_sync(lambda: edge.run("scale", "sock", "--max", "1", "--idle-s", "1"))
+        await client.send("bye")
+        with pytest.raises(ConnectionClosed) as closed:
+            await client.recv()
+    assert closed.value.rcvd is not None
+    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (4001, "bye")
+    await anyio.to_thread.run_sync(
+        lambda: wait_until(lambda: edge.view("sock")["ready"] == 0, "it goes when nobody is there")
+    )
+
+
+async def test_tls_http2_and_a_certificate_that_is_renewed() -> None:
+    authority = trustme.CA()
+    with short_folder() as state:
+        _write_certificate(state, authority.issue_cert("127.0.0.1", "localhost"))
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        (state / "config.toml").write_text(
+            f'[gateway]\nhttp2 = true\nhttp2_port = {port}\ntls_version_min = "1.3"\n'
+            f'tls_certificate_file = "{state}/tls.pem"\ntls_key_file = "{state}/tls.key"\n'
+        )
+        authority.cert_pem.write_to_path(str(state / "ca.pem"))
+        trusted = ssl.create_default_context(cafile=str(state / "ca.pem"))
+        with Platform(state) as platform:
+            platform.deploy("basic.py:Echo", "secure")
+            assert platform.url.startswith("https://127.0.0.1:")
+            curl = ["curl", "-sS", "--cacert", str(state / "ca.pem"), "-w", " %{http_version}", "--max-time", "60"]
+            post = ["-H", "content-type: application/json", "-d", '{"text": "x"}']
+            for address, version in ((platform.url, b"1.1"), (f"https://127.0.0.1:{port}", b"2")):
+                done = await anyio.run_process([*curl, *post, f"{address}/secure/echo"], check=False)
+                assert done.returncode == 0, done.stderr
+                assert b'"text":"x"' in done.stdout
+                assert done.stdout.endswith(b" " + version)
+            done = await anyio.run_process([*curl, platform.url.replace("https", "http")], check=False)
+            assert done.returncode, "nothing but TLS is spoken"
+            before = await anyio.to_thread.run_sync(_serial, platform.url, trusted)
+            async with (
+                session() as http,
+                http.post(f"{platform.url}/secure/count", json={"to": 30, "every_s": 0.1}, ssl=trusted) as answer,
+            ):
+                assert answer.status == 200
+                _write_certificate(state, authority.issue_cert("127.0.0.1"))
+                await anyio.to_thread.run_sync(lambda: platform.run("gateway", "reload"))
+                for address in (platform.url, f"https://127.0.0.1:{port}"):
+                    await anyio.to_thread.run_sync(
+                        lambda at=address: wait_until(
+                            lambda: _serial(at, trusted) != before, "the new one is in use"
+                        )
+                    )
+                assert (await answer.read()).count(b"data: ") == 30, "the stream goes on over the old one"
+            (state / "tls.key").write_text("junk")
+            with pytest.raises(CommandError) as refused:
+                platform.run("gateway", "reload")
+            assert refused.value.error["kind"] == "invalid_input"
+            assert "tls_key_file" in refused.value.error["where"]
+            assert await anyio.to_thread.run_sync(_serial, platform.url, trusted), "the last good one stays"
+
+
+def _write_certificate(state: Path, issued: trustme.LeafCert) -> None:
+    issued.private_key_pem.write_to_path(str(state / "tls.key"))
+    (state / "tls.pem").write_bytes(b"".join(part.bytes() for part in issued.cert_chain_pems))
+
+
+def _serial(url: str, trusted: ssl.SSLContext) -> str:
+    address = urlsplit(url)
+    with (
+        socket.create_connection((address.hostname, address.port), timeout=10) as raw,
+        trusted.wrap_socket(raw, server_hostname="127.0.0.1") as secure,
+    ):
+        found = secure.getpeercert()
+        assert found is not None
+        return str(found["serialNumber"])

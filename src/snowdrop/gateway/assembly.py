@@ -26,8 +26,9 @@ from snowdrop.gateway.app import build_app
 from snowdrop.gateway.broker import Broker, LocalBroker, RemoteBroker
 from snowdrop.gateway.calls.door import serving_calls
 from snowdrop.gateway.carrier import Carrier
-from snowdrop.gateway.edge.metrics import MetricsApp, Peer, serving_metrics
-from snowdrop.gateway.edge.server import EdgeServer, Listening, spare_collector
+from snowdrop.gateway.edge.listen import kept_http2, listen_http2
+from snowdrop.gateway.edge.metrics import MetricsApp, metrics_peers, serving_metrics
+from snowdrop.gateway.edge.server import BACKLOG, EdgeServer, Listening, spare_collector
 from snowdrop.gateway.edge.tls import Certificate, open_certificate
 from snowdrop.gateway.finished import observer_of, reported_to
 from snowdrop.gateway.link import ControlLink
@@ -64,6 +65,7 @@ class _Edge(msgspec.Struct, frozen=True, kw_only=True):
     listening: list[Listening]
     certificate: Certificate | None
     ready: Callable[[], None]
+    beside: list[Keeper] = msgspec.field(default_factory=list)
 
     def server(self, relay: Relay, app: web.Application, gateway: GatewaySettings) -> EdgeServer:
         return EdgeServer(app, self.listening, shutdown_s_max=gateway.shutdown_s_max, cut=relay.cut)
@@ -118,10 +120,6 @@ async def run_gateway(
     link = ControlLink(str(layout.link_socket), name, owner)
     registry = process_registry()
     registry.register(owner.counts)
-    peers = [
-        Peer(process="control", socket_path=layout.control_socket),
-        Peer(process="agent", socket_path=layout.agent_socket),
-    ]
     certificate = open_certificate(gateway)
     with ExitStack() as sockets:
         listening = [
@@ -130,9 +128,11 @@ async def run_gateway(
                 tls=certificate.context if certificate is not None else None,
             )
         ]
+        if gateway.http2:
+            listening.append(Listening(socket=sockets.enter_context(_edge_socket(layout.edge_socket))))
         edge = _Edge(layout=layout, gateway=gateway, listening=listening, certificate=certificate, ready=ready)
         async with (
-            serving_metrics(MetricsApp(registry, peers), settings.metrics, layout.metrics_socket),
+            serving_metrics(MetricsApp(registry, metrics_peers(layout)), settings.metrics, layout.metrics_socket),
             anyio.create_task_group() as background,
         ):
             background.start_soon(link.run)
@@ -142,6 +142,8 @@ async def run_gateway(
                 tasks.start_soon(partial(_dispatch, layout, settings, owner, holder=name))
                 if certificate is not None:
                     tasks.start_soon(certificate.watch)
+                if gateway.http2:
+                    await _keep_http2(edge, sockets.enter_context(listen_http2(gateway)), tasks)
                 if gateway.workers > 1:
                     background.start_soon(owner.serve_workers, await _listen_unix(layout.owner_socket))
                     await _keep_workers(edge, tasks)
@@ -266,6 +268,12 @@ async def _keep_workers(edge: _Edge, tasks: anyio.abc.TaskGroup) -> None:
                     keeper.replace()
 
 
+async def _keep_http2(edge: _Edge, listener: socket.socket, tasks: anyio.abc.TaskGroup) -> None:
+    keeper = Keeper(kept_http2(edge.layout.root, edge.gateway, listener.fileno()))
+    await tasks.start(keeper.run)
+    edge.beside.append(keeper)
+
+
 def _kept_worker(state: Path, gateway: GatewaySettings, number: int, fds: tuple[int, ...]) -> Kept:
     def command(life: str, ready_fd: int) -> list[str]:
         made = [sys.executable, "-m", "snowdrop.main", "gateway-worker", "--state", str(state)]
@@ -297,6 +305,8 @@ def reloaded(edge: _Edge, gateway: GatewaySettings) -> GatewaySettings | None:
             "%s: a change takes effect at the next `snowdrop up`", ", ".join(f"gateway.{n}" for n in fixed)
         )
     log.info("reloading: new workers take over")
+    for keeper in edge.beside:
+        keeper.tell(signal.SIGHUP)
     return msgspec.structs.replace(fresh, **{name: getattr(gateway, name) for name in FIXED})
 
 
@@ -308,6 +318,16 @@ def _inherited(sockets: ExitStack, fds: tuple[int, ...], certificate: Certificat
         tls = certificate.context if certificate is not None and inherited.family != socket.AF_UNIX else None
         found.append(Listening(socket=inherited, tls=tls))
     return found
+
+
+def _edge_socket(path: Path) -> socket.socket:
+    """Where the HTTP/2 listener brings its requests to whichever worker is free."""
+    path.unlink(missing_ok=True)
+    made = socket.socket(socket.AF_UNIX)
+    made.bind(str(path))
+    path.chmod(0o600)
+    made.listen(BACKLOG)
+    return made
 
 
 async def _listen_unix(path: Path) -> anyio.abc.SocketListener:

@@ -44,6 +44,12 @@ class Keeper:
         self._kept = kept
         self._lives = 0
         self._replace = anyio.Event()
+        self._life: Life | None = None
+
+    def tell(self, what: signal.Signals) -> None:
+        """Sends the process a signal, if it lives."""
+        if self._life is not None and not self._life.ended:
+            self._life.tell(what)
 
     def replace(self) -> None:
         """The process is to be replaced by a new one, which reads settings and code anew."""
@@ -61,6 +67,7 @@ class Keeper:
                 )
             task_status.started()
             while True:
+                self._life = life
                 try:
                     await self._ended_or_replaced(life)
                 except BaseException:
@@ -145,6 +152,9 @@ class Life:
     def was_steady(self) -> bool:
         """Lived so long that its end is no sign of a start that cannot succeed."""
         return time.monotonic() - self._began_s > STEADY_S
+
+    def tell(self, what: signal.Signals) -> None:
+        self._process.send_signal(what)
 
     async def wait(self) -> None:
         await anyio.wait_readable(self._pidfd)

@@ -19,6 +19,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Gauge
 
 from snowdrop.domain.errors import SnowdropError
+from snowdrop.domain.layout import StateLayout
 from snowdrop.domain.settings import MetricsSettings
 from snowdrop.telemetry.metrics import CONTENT_TYPE, METRICS_PATH, Part, exposition, merged
 from snowdrop.wire.http import serving_unix
@@ -35,6 +36,14 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
 
     process: str
     socket_path: Path
+
+
+def metrics_peers(layout: StateLayout) -> tuple[Peer, ...]:
+    """The other processes of one machine."""
+    return (
+        Peer(process="control", socket_path=layout.control_socket),
+        Peer(process="agent", socket_path=layout.agent_socket),
+    )
 
 
 class MetricsApp:
