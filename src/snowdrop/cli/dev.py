@@ -11,9 +11,28 @@ from snowdrop.cli.output import reported
 from snowdrop.domain.errors import InvalidInputError
 
 
-def dev(
+def read_refs(pairs: list[str]) -> dict[str, str]:
+    """Addresses by name. Raises InvalidInputError."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, url = pair.partition("=")
+        if not equals or not url.startswith(("http://", "https://")):
+            raise InvalidInputError(
+                f"{pair!r} is not NAME=URL",
+                where="--ref",
+                next_step="as in `--ref embed=http://127.0.0.1:8080/embed`",
+            )
+        found[name] = url
+    return found
+
+
+def dev(  # noqa: PLR0917 -- one parameter for each option
     target: Annotated[str, typer.Argument(help="service.py, or service.py:Class.")],
     model: Annotated[list[str] | None, typer.Option(help="NAME=DIRECTORY of a model; may be repeated.")] = None,
+    ref: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=URL of a service that this one calls; may be repeated."),
+    ] = None,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 8000,
     reload: Annotated[bool, typer.Option(help="Restart when the code changes.")] = True,
@@ -29,4 +48,4 @@ def dev(
             if not equals:
                 raise InvalidInputError(f"{pair!r} is not NAME=DIRECTORY", where="--model")
             models[name] = Path(directory)
-        run_dev(Path(file), class_name or None, host, port, models, reload)
+        run_dev(Path(file), class_name or None, host, port, models, reload, read_refs(ref or []))

@@ -9,10 +9,12 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
+from snowdrop.domain.calling import CALL_CONTEXT
 from snowdrop.domain.errors import UserCodeError
 from snowdrop.domain.servers import AsgiSpec
 from snowdrop.domain.service import ServiceSpec
 from snowdrop.replica.bounded import BoundedServable
+from snowdrop.replica.callcontext import context_of
 from snowdrop.replica.servable import AsgiMessage, Receive, Scope, Send
 from snowdrop.replica.userfault import UserRaised
 from snowdrop.weights.loaded import LoadedModel
@@ -58,7 +60,12 @@ class AsgiService(BoundedServable):
         return made
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app({**scope, "state": self._state.copy()}, receive, send)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope.get("headers", ())}
+        mark = CALL_CONTEXT.set(context_of(headers, headers.get("x-request-id", "")))
+        try:
+            await self._app({**scope, "state": self._state.copy()}, receive, send)
+        finally:
+            CALL_CONTEXT.reset(mark)
 
     async def live(self) -> int:
         if self._lifespan is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -15,7 +16,7 @@ import anyio
 from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
-from snowdrop.domain.calling import OutgoingCall
+from snowdrop.domain.calling import OutgoingCall, set_transport
 from snowdrop.domain.errors import (
     NotFoundError,
     PlatformDownError,
@@ -37,6 +38,7 @@ KEEPALIVE_S = 30.0
 RECONNECT_S_MAX = 15.0
 """How long a call tries to get a connection while the gateway is being started again."""
 RECONNECT_PAUSE_S = 0.05
+KEY_VARIABLE = "SNOWDROP_KEY"
 RECONNECT_PAUSE_S_MAX = 1.0
 
 T = TypeVar("T")
@@ -195,3 +197,14 @@ async def address_transport(addresses: Mapping[str, str], key: str | None) -> As
 
     async with _session(aiohttp.TCPConnector(limit=CONNECTIONS_MAX, keepalive_timeout=KEEPALIVE_S)) as session:
         yield HttpTransport(session, address)
+
+
+@asynccontextmanager
+async def carrying_to(addresses: Mapping[str, str]) -> AsyncIterator[None]:
+    """Calls of this process go to these addresses while inside; the API key is that of the environment."""
+    async with address_transport(addresses, os.environ.get(KEY_VARIABLE)) as transport:
+        set_transport(transport)
+        try:
+            yield
+        finally:
+            set_transport(None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +9,12 @@ import anyio
 import msgspec
 
 from snowdrop.domain import openai_errors
-from snowdrop.domain.calling import DEADLINE_HEADER, LEASE_HEADER, CallContext
+from snowdrop.domain.calling import CallContext
 from snowdrop.domain.errors import SnowdropError, TimedOutError, TooLargeError
 from snowdrop.domain.ids import fresh_id
 from snowdrop.domain.openai_errors import status_of
 from snowdrop.domain.signature import encode_json
-from snowdrop.domain.trace import CURRENT_TRACE
+from snowdrop.replica.callcontext import context_of
 from snowdrop.replica.servable import AsgiMessage, Receive, Send
 
 REQUEST_BYTES_MAX = 64 << 20
@@ -69,14 +68,7 @@ class Exchange:
 
     def context(self) -> CallContext:
         """What calls that are made for this request go on with."""
-        trace = CURRENT_TRACE.get()
-        return CallContext(
-            request_id=self.request_id,
-            traceparent=self.headers.get("traceparent", "") if trace is None else trace.traceparent,
-            tracestate=self.headers.get("tracestate", ""),
-            deadline_unix_s=_deadline(self.headers.get(DEADLINE_HEADER)),
-            lease=self.headers.get(LEASE_HEADER, ""),
-        )
+        return context_of(self.headers, self.request_id)
 
     async def body(self) -> bytes:
         """The whole body.
@@ -175,17 +167,6 @@ def octets(value: object) -> bytes:
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     raise TypeError(f"expected bytes, got {type(value).__name__}")
-
-
-def _deadline(header: str | None) -> float | None:
-    """None for no deadline, or one that is no time: the gateway has checked what clients send."""
-    if header is None:
-        return None
-    try:
-        unix_s = float(header)
-    except ValueError:
-        return None
-    return unix_s if math.isfinite(unix_s) else None
 
 
 def _sse_item(value: object) -> bytes:

@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import anyio
@@ -27,6 +28,7 @@ from snowdrop.domain.errors import ConflictError, InvalidInputError, SnowdropErr
 from snowdrop.domain.service import ServiceSpec
 from snowdrop.replica.app import build_service
 from snowdrop.replica.asgi import AsgiService
+from snowdrop.replica.callclient import carrying_to
 from snowdrop.replica.command import CommandService
 from snowdrop.replica.servable import Servable
 from snowdrop.sdk.example import curl_command
@@ -52,8 +54,10 @@ def run_dev(  # noqa: PLR0917 -- the options of `snowdrop dev`
     port: int,
     models: dict[str, Path],
     reload: bool,
+    refs: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Serves the service in `file` until interrupted; `models` are directories by model name, port 0 any free one.
+    """Serves the service in `file` until interrupted; `models` are directories by model name, port 0 any free one;
+    `refs` are addresses of the services that it calls, by name.
 
     With `reload`, errors of the service are shown and the next change of a file in its folder tries again.
     Raises NotFoundError or InvalidInputError for a wrong file or model directory, ConflictError for a port in use,
@@ -66,7 +70,7 @@ def run_dev(  # noqa: PLR0917 -- the options of `snowdrop dev`
                 f"{directory} is not a directory", where=f"model {name}", next_step="give it as NAME=DIRECTORY"
             )
     with _listen(host, port) as listener:
-        child = _Child(path, class_name, listener, models, stays=reload)
+        child = _Child(path, class_name, listener, models, refs, stays=reload)
         try:
             _watch(path.parent, child) if reload else _serve_once(child)
         except KeyboardInterrupt:
@@ -92,12 +96,20 @@ class _Child:
     """The process that serves; it ends with its parent, whose end of a pipe it watches."""
 
     def __init__(
-        self, path: Path, class_name: str | None, listener: socket.socket, models: dict[str, Path], *, stays: bool
+        self,
+        path: Path,
+        class_name: str | None,
+        listener: socket.socket,
+        models: dict[str, Path],
+        refs: Mapping[str, str],
+        *,
+        stays: bool,
     ) -> None:
         target = f"{path}:{class_name}" if class_name else str(path)
         # -P keeps this folder off the module path, -B keeps byte code out of the service's folder.
         self._command = [sys.executable, "-P", "-B", "-m", "snowdrop.sdk.dev", target]
         self._command += [f"--model={name}={directory.absolute()}" for name, directory in models.items()]
+        self._command += [f"--ref={name}={url}" for name, url in refs.items()]
         self._command += [f"--listen-fd={listener.fileno()}", *(["--stays"] if stays else [])]
         self._folder = path.parent
         self._listen_fd = listener.fileno()
@@ -173,6 +185,7 @@ def _say(text: str) -> None:
 class _Options(argparse.Namespace):
     target: str
     model: list[str]
+    ref: list[str]
     listen_fd: int
     parent_fd: int
     stays: bool
@@ -183,6 +196,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m snowdrop.sdk.dev", description="used by `snowdrop dev`")
     parser.add_argument("target", metavar="FILE[:Class]")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=DIRECTORY")
+    parser.add_argument("--ref", action="append", default=[], metavar="NAME=URL")
     parser.add_argument("--listen-fd", type=int, required=True)
     parser.add_argument("--parent-fd", type=int, required=True)
     parser.add_argument("--stays", action="store_true")
@@ -197,7 +211,8 @@ async def _live(options: _Options, listener: socket.socket) -> int:
     directories = dict(each.split("=", 1) for each in options.model)
     failure: SnowdropError | None = None
     code = 0
-    async with anyio.create_task_group() as group:
+    refs = dict(each.split("=", 1) for each in options.ref)
+    async with carrying_to(refs), anyio.create_task_group() as group:
         try:
             declared, spec = load_service(path, class_name)
             service = _build(declared, spec, path.parent)

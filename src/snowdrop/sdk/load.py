@@ -9,7 +9,7 @@ import msgspec
 
 from snowdrop.domain.errors import InvalidInputError, NotFoundError, SnowdropError, UserCodeError
 from snowdrop.domain.service import ServiceSpec
-from snowdrop.sdk.schema import complete_spec, spec_of
+from snowdrop.sdk.schema import complete_spec, spec_of, with_calls
 from snowdrop.sdk.servers import ServedApp
 
 MESSAGE_CHARS_MAX = 2_000
@@ -71,7 +71,9 @@ def load_service(file: Path, class_name: str | None) -> tuple[Declared, ServiceS
         raise import_error(error, path) from error
     name, found = _choose(vars(module), path, class_name)
     if isinstance(found, ServedApp):
-        return found, msgspec.structs.replace(found.spec, class_name=name, entry=f"{path.stem}:{name}")
+        served = msgspec.structs.replace(found.spec, class_name=name, entry=f"{path.stem}:{name}")
+        # A command is a program of its own: what its module refers to, it can't call.
+        return found, served if found.app is None else with_calls(served, vars(module).values())
     spec = spec_of(found)
     assert spec is not None, "_choose gives service classes alone"
     entry = f"{path.stem}:{class_name or found.__name__}"

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -99,6 +99,11 @@ def _with_calls(cls: type, spec: ServiceSpec) -> ServiceSpec:
     """`spec` with the deployments that `cls` and its module have references of."""
     values = [value for owner in cls.__mro__ for value in vars(owner).values()]
     values += vars(sys.modules.get(cls.__module__, sys)).values() if cls.__module__ != "builtins" else []
+    return with_calls(spec, values)
+
+
+def with_calls(spec: ServiceSpec, values: Iterable[object]) -> ServiceSpec:
+    """`spec` with the deployments that there are references of among `values`."""
     names = {name for name in map(name_of_ref, values) if name}
     return msgspec.structs.replace(spec, calls=tuple(sorted({*spec.calls, *names})))
 

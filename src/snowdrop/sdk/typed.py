@@ -13,6 +13,7 @@ from snowdrop.domain.batching import Batch
 from snowdrop.domain.calling import OutgoingCall
 from snowdrop.domain.errors import CallFailedError, InvalidInputError
 from snowdrop.domain.ids import parse_name
+from snowdrop.domain.servers import OPENAI_PATHS
 from snowdrop.domain.service import STAGE_ATTRIBUTE
 from snowdrop.domain.signature import Signature, decode_hook
 from snowdrop.sdk.ref import EVENT_STREAM, blocking, blocking_items, fetch, items, make_call
@@ -127,7 +128,9 @@ class BoundCall:
 
     def _call(self, given: dict[str, Any], *, accept: str = "") -> OutgoingCall:
         headers = {"accept": accept} if accept else None
-        return make_call(self._deployment, self._path, given, "POST", headers, None)
+        # Where OpenAI's dialect is spoken, the method's only parameter is the whole body.
+        body = next(iter(given.values()), {}) if self._path in OPENAI_PATHS else given
+        return make_call(self._deployment, self._path, body, "POST", headers, None)
 
     @cached_property
     def _signature(self) -> Signature:
