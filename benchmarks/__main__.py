@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 
 # One line a benchmark: its name is its module's.
@@ -14,6 +15,8 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
         print(f"usage: python -m benchmarks NAME [ARGUMENTS]; NAME is one of: {', '.join(NAMES)}", file=sys.stderr)
         return 2
+    # Ended from outside, it takes away what it made, as after an error.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     name = sys.argv[1]
     sys.argv = [f"benchmarks {name}", *sys.argv[2:]]
     importlib.import_module(f"benchmarks.{name}").main()

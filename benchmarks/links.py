@@ -18,6 +18,8 @@ import msgspec
 from benchmarks.compiled import CompilerMissingError, compiled
 
 COMMAND_S_MAX = 10.0
+PREFIX = "sdbench-"
+"""Of the namespaces' names; the benchmark's process id follows."""
 MTU_BYTES = 1500
 AHEAD_MS = 2.0
 """The bucket lets so much wait for its turn; the rest stays with its sender, as behind a full network card."""
@@ -91,7 +93,8 @@ def shaped_link(shape: Shape, scratch: Path) -> Iterator[Link]:
         program = compiled("delay_link", scratch)
     except CompilerMissingError as error:
         raise LinkUnavailableError(str(error)) from error
-    name = f"sdbench-{os.getpid()}"
+    _remove_left_over()
+    name = f"{PREFIX}{os.getpid()}"
     link = Link(shape=shape, client_netns=f"{name}-c", server_netns=f"{name}-s")
     with ExitStack() as stack:
         for netns in (link.client_netns, link.server_netns):
@@ -130,6 +133,14 @@ def _carrier(program: Path, link: Link) -> Iterator[None]:
             process.kill()
             process.wait()
         process.stdout.close()
+
+
+def _remove_left_over(root: Path = Path("/run/netns"), proc: Path = Path("/proc")) -> None:
+    """Removes namespaces of benchmarks that were killed, so that they could not do it."""
+    for found in root.glob(f"{PREFIX}*"):
+        pid = found.name.removeprefix(PREFIX).partition("-")[0]
+        if pid.isdigit() and not (proc / pid).exists():
+            _remove(found.name)
 
 
 def _remove(netns: str) -> None:

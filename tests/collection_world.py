@@ -207,6 +207,10 @@ class ActorOrigin:
         self._actor.pause()
         return self._world.store.size(key)
 
+    def read_start(self, key: str, into: memoryview) -> int:
+        self._actor.pause()
+        return self._world.store.read_start(key, into)
+
     def read_range(self, key: str, offset: int, into: memoryview) -> None:
         # In one step with `size`: a record that is replaced in between is read whole or not at all, as files are.
         self._world.store.read_range(key, offset, into)

@@ -33,6 +33,16 @@ class OriginContract:
         origin.read_range("k", 0, memoryview(bytearray()))
         assert origin.size("k") == 0
 
+    @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 5000])
+    def test_the_start_of_an_object_comes_with_its_length(self, origin: Origin, size: int) -> None:
+        data = bytes(index % 251 for index in range(size))
+        origin.put("a/k", data)
+        into = bytearray(b"\xff" * 8)
+        assert origin.read_start("a/k", memoryview(into)) == size
+        assert into == data[:8].ljust(8, b"\xff")
+        with pytest.raises(NotFoundError):
+            origin.read_start("a/missing", memoryview(into))
+
     def test_a_missing_object_is_not_found(self, origin: Origin) -> None:
         origin.put("a/b", b"x")
         for key in ("a", "a/b/c", "missing"):

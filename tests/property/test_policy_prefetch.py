@@ -1,10 +1,12 @@
 from collections.abc import Iterable
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from snowdrop.policy.prefetch import (
     EASY_RUN_BYTES,
+    EASY_RUNS_MAX,
     LATER,
     RANKS,
     TAIL_RUNS,
@@ -105,6 +107,15 @@ def test_the_pace_never_falls_and_never_exceeds_what_the_link_wants(
     later = pace_of(brought, 1 << 30, elapsed_s + 1, runs + 1, wanted)
     assert later.runs_max >= pace.runs_max
     assert later.run_bytes_max == wanted
+
+
+@pytest.mark.parametrize(("bytes_per_s", "is_easy"), [(250e6, True), (500e6, True), (2e9, False)])
+def test_a_fast_link_is_asked_for_much_as_soon_as_it_is_known_to_be_fast(
+    bytes_per_s: float, is_easy: bool
+) -> None:
+    pace = pace_of(32 << 20, 1 << 30, (32 << 20) / bytes_per_s, 10, 8 << 20)
+    assert (pace == (EASY_RUNS_MAX, EASY_RUN_BYTES)) == is_easy
+    assert pace_of(1 << 20, 1 << 30, 1e-6, 1, 8 << 20).run_bytes_max == EASY_RUN_BYTES, "too little is known"
 
 
 @given(st.integers(0, 1 << 30), st.integers(1 << 20, 16 << 20))

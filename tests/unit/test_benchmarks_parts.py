@@ -92,3 +92,16 @@ def test_a_link_is_named_by_bandwidth_and_round_trip() -> None:
     assert links.parse_shape("2000:5").bytes_per_s == 250e6
     with pytest.raises(ValueError, match="negative"):
         links.parse_shape("-1:5")
+
+
+def test_namespaces_of_benchmarks_that_are_gone_are_removed_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: list[str] = []
+    monkeypatch.setattr(links, "_remove", removed.append)
+    netns, proc = tmp_path / "netns", tmp_path / "proc"
+    for name in ("sdbench-17-c", "sdbench-17-s", "sdbench-18-c", "other-17-c", "sdbench-x-c"):
+        (netns / name).mkdir(parents=True)
+    (proc / "18").mkdir(parents=True)
+    links._remove_left_over(netns, proc)
+    assert sorted(removed) == ["sdbench-17-c", "sdbench-17-s"]

@@ -15,6 +15,7 @@ from snowdrop.content.runs import Run, Ticket
 from snowdrop.content.siblings import EarlierFills
 from snowdrop.content.source import ChunkSource, PackSource, bad_chunks
 from snowdrop.domain.manifest import Manifest
+from snowdrop.policy.prefetch import SMALL_RUN_BYTES, START_RUNS
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def made(manifest: Manifest, last: ChunkSource) -> Fill:
 
 
 def take(fill: Fill) -> Run | None:
-    return fill.next_run(lambda tier, spare: True, 1 << 30)
+    return fill.next_run(lambda tier, limit, spare: True, 1 << 30)
 
 
 def carry_out(fill: Fill) -> None:
@@ -104,3 +105,21 @@ def test_what_an_earlier_load_brings_is_waited_for_without_looking_at_all_of_it(
     else:
         fill.detach("earlier")
     assert sorted(waits.no_longer()) == chunks
+
+
+def test_headers_are_asked_for_beside_the_first_tensors_and_count_for_nothing(fill: Fill) -> None:
+    """The origin gives two runs at a time, both taken: a header goes all the same, a tensor waits."""
+    fill.attach("h", None, is_lazy=False)
+    asked: list[tuple[int, int]] = []
+
+    def full(tier: str, run_bytes_max: int, spare: int) -> bool:
+        asked.append((run_bytes_max, spare))
+        return run_bytes_max <= SMALL_RUN_BYTES
+
+    run = fill.next_run(full, 8 << 20)
+    assert run is not None
+    assert (run.first, run.count) == (0, 1)
+    assert run.length < 10_000
+    assert asked[-1] == (SMALL_RUN_BYTES, 1)
+    assert fill.next_run(full, 8 << 20) is None
+    assert [spare for _, spare in asked] == [START_RUNS, 1, START_RUNS]

@@ -27,6 +27,7 @@ from snowdrop.domain.errors import (
 )
 from snowdrop.domain.origin import OriginOptions
 from snowdrop.policy.hedge import HedgeLimits
+from snowdrop.policy.parallelism import CONNECTIONS_START
 from snowdrop.policy.retry import RetryLimits
 
 MIB = 1 << 20
@@ -371,3 +372,24 @@ def test_several_threads_read_at_once(threads: int) -> None:
             worker.join()
         assert wrong == []
         assert it.server.connections < 160
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_short_object_comes_in_one_request_and_its_connection_and_others_are_kept(whole: bool) -> None:
+    with reading(lambda asked: Fault(whole=True) if whole else None) as it:
+        into = bytearray(3 * MIB)
+        assert it.origin.read_start("k", memoryview(into)) == len(BODY)
+        assert into[: len(BODY)] == BODY
+        assert not any(into[len(BODY) :])
+        assert len(it.server.asked) == 1
+        for offset in range(8):
+            it.read(offset, 1000 if not whole else len(BODY) - offset)
+        assert it.server.connections <= CONNECTIONS_START, "one that reads, and those that were opened ahead"
+
+
+def test_the_start_of_an_object_is_gone_on_with_where_it_broke_off() -> None:
+    with reading(first(2, Fault(after=70_000))) as it:
+        into = bytearray(3 * MIB)
+        assert it.origin.read_start("k", memoryview(into)) == len(BODY)
+        assert into[: len(BODY)] == BODY
+        assert it.origin.counts.resumed == 2

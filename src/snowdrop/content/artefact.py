@@ -34,6 +34,8 @@ EAGER_BYTES_MAX = 16 << 20
 """Files without tensors up to this size are in the directory before a replica starts; larger ones follow."""
 
 
+MANIFEST_GUESS_BYTES = 1 << 20
+"""Most manifests are shorter, and come in one go."""
 MANIFEST_READS_MAX = 8
 """At once from the origin."""
 
@@ -206,13 +208,16 @@ class ManifestReader:
 
 def _manifest_at(origin: Origin, digest: Digest, key_domain: str, hasher: Hasher) -> Manifest:
     key = manifest_key(key_domain, digest)
-    size = origin.size(key)
+    start = bytearray(MANIFEST_GUESS_BYTES)
+    size = origin.read_start(key, memoryview(start))
     if size > MANIFEST_BYTES_MAX:
         raise CorruptContentError(
             f"manifest has {size} bytes (manifest_bytes_max={MANIFEST_BYTES_MAX})",
             where=key,
             next_step="push the artefact again",
         )
-    data = bytearray(size)
-    origin.read_range(key, 0, memoryview(data))
+    data = start[:size]
+    if size > len(start):
+        data += bytes(size - len(start))
+        origin.read_range(key, len(start), memoryview(data)[len(start) :])
     return decode_manifest(bytes(data), expected=digest, hasher=hasher)

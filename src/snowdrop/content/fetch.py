@@ -16,10 +16,11 @@ from functools import partial
 from snowdrop.content.fill import Fill
 from snowdrop.content.gate import OriginGate
 from snowdrop.content.placement import READ_BYTES_MAX
-from snowdrop.content.runs import Outcome, Run
+from snowdrop.content.runs import Outcome, Run, is_heavy
 from snowdrop.content.source import Tier
 from snowdrop.domain.cancel import CANCEL_FLAG
 from snowdrop.domain.errors import SnowdropError
+from snowdrop.policy.prefetch import SMALL_RUN_BYTES
 
 QUIET_LOOK_S = 0.05
 """Besides the end of a run, a fill that nobody wants any more makes the engine quiet, which nobody announces."""
@@ -45,6 +46,7 @@ class FetchEngine:
         self._threads: list[threading.Thread] = []
         self._fills: list[Fill] = []
         self._active: Counter[Tier] = Counter()
+        self._heavy = 0
         self.is_closed = False
 
     def start(self) -> None:
@@ -110,12 +112,18 @@ class FetchEngine:
                 # Its turn comes again after all others.
                 self._fills.append(self._fills.pop(index))
                 self._active[run.source.tier] += 1
+                self._heavy += is_heavy(run)
                 return fill, run
         return None
 
-    def _has_room(self, fill: Fill, tier: Tier, spare: int) -> bool:
+    def _has_room(self, fill: Fill, tier: Tier, run_bytes_max: int, spare: int) -> bool:
         """Whether one more run may be read from `tier`; `spare` is what an origin may still be asked at once."""
-        return tier != "origin" or (spare > 0 and self.gate.may_read(fill.tenant, self._active["origin"]))
+        if tier != "origin":
+            return True
+        if spare <= 0 or self._active["origin"] >= self._threads_max:
+            return False
+        # Small ones share no bandwidth worth mentioning: the first tensor need not wait for headers.
+        return self.gate.may_read(fill.tenant, self._heavy if run_bytes_max > SMALL_RUN_BYTES else 0)
 
     def _carry(self, fill: Fill, run: Run, memory: _Scratch) -> None:
         token = CANCEL_FLAG.set(_GivenUp(self, fill))
@@ -128,6 +136,7 @@ class FetchEngine:
             CANCEL_FLAG.reset(token)
         with self.lock:
             self._active[run.source.tier] -= 1
+            self._heavy -= is_heavy(run)
             self.bytes_read[run.source.tier] += run.length if not outcome.bad else 0
             fill.finish(run, outcome)
             if not self.is_busy:

@@ -24,7 +24,7 @@ from snowdrop.content.source import ChunkSource, FindBad, Tier, wrong_chunk
 from snowdrop.domain.errors import CorruptContentError, IntegrityError, ReadCancelledError, SnowdropError
 from snowdrop.domain.ids import DEFAULT_TENANT, TenantId
 from snowdrop.domain.manifest import Manifest
-from snowdrop.policy.prefetch import LATER, URGENT, WANTED, FetchOrder, load_order
+from snowdrop.policy.prefetch import LATER, SMALL_RUN_BYTES, URGENT, WANTED, FetchOrder, load_order
 
 WRONG_READS_MAX = 3
 """So often a chunk may come wrong from the last source: bytes get damaged on their way."""
@@ -122,8 +122,8 @@ class Fill:
                 reader.end()
         if not self.readers:
             self._order.forget()
-            for ticket in self._tickets:
-                self._queue(ticket)
+            for ticket in (ticket for ticket in self._tickets if ticket.place == "landing"):
+                self._order.want(sorted(ticket.remaining), ticket.rank)
 
     def drop_wake(self, holder: str, wake: socket.socket) -> None:
         """The reader has closed its end."""
@@ -154,7 +154,7 @@ class Fill:
         if ticket.place == "landing":
             for chunk in ticket.remaining:
                 self._landing_goal[chunk] = 1
-        self._queue(ticket)
+            self._order.want(sorted(ticket.remaining), ticket.rank)
 
     def close_ticket(self, ticket: Ticket) -> None:
         """Nobody waits any more; what only this ticket wanted is not fetched."""
@@ -164,10 +164,10 @@ class Fill:
 
     # --- what is next -------------------------------------------------------------------------------------
 
-    def next_run(self, has_room: Callable[[Tier, int], bool], origin_bytes_max: int) -> Run | None:
+    def next_run(self, has_room: Callable[[Tier, int, int], bool], origin_bytes_max: int) -> Run | None:
         """Takes the next run, from the last source of `origin_bytes_max` at most or one chunk.
 
-        `has_room` says whether one more may be read from a tier for this fill.
+        `has_room` says whether one more, of so many bytes at most, may be read from a tier for this fill.
         """
         if not self.is_wanted:
             return None
@@ -178,13 +178,15 @@ class Fill:
         source = self._source_of(chunk)
         limit, spare = READ_BYTES_MAX, 1
         if source.tier == "origin":
-            pace = self._paced.now(origin_bytes_max)
-            limit, spare = pace.run_bytes_max, pace.runs_max - self.flights
-        if not has_room(source.tier, spare):
-            return None
+            limit, spare = self._paced.next(origin_bytes_max)
+        if not has_room(source.tier, limit, spare):
+            limit = SMALL_RUN_BYTES
+            if self.manifest.chunks[chunk].plain_bytes > limit or not has_room(source.tier, limit, 1):
+                return None
         run = self._run_from(chunk, source, limit, whole=whole)
         self._in_flight[run.first : run.first + run.count] = b"\1" * run.count
         self.flights += 1
+        self._paced.began(run)
         return run
 
     def _run_from(self, chunk: int, source: ChunkSource, bytes_max: int, *, whole: bool) -> Run:
@@ -386,10 +388,6 @@ class Fill:
         still = {chunk for ticket in self._tickets if ticket.place == "landing" for chunk in ticket.remaining}
         for chunk in chunks:
             self._landing_goal[chunk] = chunk in still
-
-    def _queue(self, ticket: Ticket) -> None:
-        if ticket.place == "landing":
-            self._order.want(sorted(ticket.remaining), ticket.rank)
 
     def _settle_area(self) -> None:
         area = self.area

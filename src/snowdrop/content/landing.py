@@ -28,7 +28,7 @@ from snowdrop.content.diskio import DiskIo, translated
 from snowdrop.content.events import EventKind, SeenBy
 from snowdrop.content.landfiles import LandingFiles
 from snowdrop.content.landtree import LandingTree
-from snowdrop.content.manifest import encode_manifest
+from snowdrop.content.manifest import encode_valid
 from snowdrop.content.placement import FilePlace, file_places, joined
 from snowdrop.content.proof import current_boot_id
 from snowdrop.content.source import Tier
@@ -64,7 +64,7 @@ class Landing:
         self.manifest = manifest
         self._io = io
         self._notice = notice
-        encoded = encode_manifest(manifest)
+        encoded = encode_valid(manifest)
         self._map = ChunkMap(directory / "chunks.map", count, blake3(encoded).digest(), io)
         self._places = file_places(manifest)
         self._chunks_of = [frozenset(extent.chunk for extent in entry.extents) for entry in manifest.files]

@@ -167,6 +167,10 @@ class LeasedOrigin:
         self._refuse_hidden(key)
         return self._origin.size(key)
 
+    def read_start(self, key: str, into: memoryview) -> int:
+        self._refuse_hidden(key)
+        return self._origin.read_start(key, into)
+
     def read_range(self, key: str, offset: int, into: memoryview) -> None:
         self._refuse_hidden(key)
         self._origin.read_range(key, offset, into)

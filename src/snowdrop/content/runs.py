@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from snowdrop.content.area import Area
 from snowdrop.content.source import ChunkSource, Tier
 from snowdrop.domain.errors import SnowdropError
-from snowdrop.policy.prefetch import URGENT, Pace, pace_of
+from snowdrop.policy.prefetch import SMALL_RUN_BYTES, URGENT, pace_of
 
 Place = Literal["area", "landing"]
 
@@ -84,6 +84,11 @@ class Outcome:
     landing_error: SnowdropError | None = None
 
 
+def is_heavy(run: Run) -> bool:
+    """Whether it is one of those of which only some go to the origin at once."""
+    return run.source.tier == "origin" and run.length > SMALL_RUN_BYTES
+
+
 class Paced:
     """How a fill of `size_bytes` has gone so far, for the pace at which it asks the origin."""
 
@@ -91,16 +96,22 @@ class Paced:
         self._size_bytes = size_bytes
         self._origin_bytes = 0
         self._runs = 0
+        self._flights = 0
         self._began_s = 0.0
 
-    def now(self, run_bytes_max: int) -> Pace:
-        """The pace of the next run; the first question begins the load."""
+    def next(self, run_bytes_max: int) -> tuple[int, int]:
+        """How long the next run may be, and how many may begin now; the first question begins the load."""
         self._began_s = self._began_s or time.monotonic()
         elapsed_s = time.monotonic() - self._began_s
         left_bytes = max(0, self._size_bytes - self._origin_bytes)
-        return pace_of(self._origin_bytes, left_bytes, elapsed_s, self._runs, run_bytes_max)
+        pace = pace_of(self._origin_bytes, left_bytes, elapsed_s, self._runs, run_bytes_max)
+        return pace.run_bytes_max, pace.runs_max - self._flights
+
+    def began(self, run: Run) -> None:
+        self._flights += is_heavy(run)
 
     def ended(self, run: Run) -> None:
         """A run has ended, well or not."""
         self._runs += 1
+        self._flights -= is_heavy(run)
         self._origin_bytes += run.length if run.source.tier == "origin" else 0

@@ -20,8 +20,13 @@ EASY_BYTES = 128 << 20
 EASY_S_MAX = 0.5
 """A load begins with few and short runs, until so many bytes have come or so long: the first tensor does not share
 the link with bytes far behind it."""
+FAST_BYTES_PER_S = 600e6
+FAST_BYTES_MIN = 16 << 20
+"""A link that brings so much so fast needs no such care: the first tensor waits for the processor."""
 EASY_RUNS_MAX = 4
 EASY_RUN_BYTES = 4 << 20
+SMALL_RUN_BYTES = 64 << 10
+"""Such runs count for nothing: headers and what is cut off at the edges hold up no tensor."""
 START_RUNS = 4
 """At once at the very start; one more with each that has come."""
 TAIL_RUNS = 16
@@ -113,6 +118,7 @@ def pace_of(brought_bytes: int, left_bytes: int, elapsed_s: float, runs_done: in
     """The pace after `brought_bytes` in `elapsed_s`; `run_bytes_max` is what the link wants."""
     runs_max = START_RUNS + runs_done
     short = min(run_bytes_max, EASY_RUN_BYTES)
-    if brought_bytes < EASY_BYTES and elapsed_s < EASY_S_MAX:
+    is_fast = brought_bytes >= FAST_BYTES_MIN and brought_bytes > FAST_BYTES_PER_S * elapsed_s
+    if brought_bytes < EASY_BYTES and elapsed_s < EASY_S_MAX and not is_fast:
         return Pace(min(runs_max, EASY_RUNS_MAX), short)
     return Pace(runs_max, min(run_bytes_max, max(short, left_bytes // TAIL_RUNS)))

@@ -203,6 +203,13 @@ class Pool:
         context = self._context if server[0] == "https" else None
         return Connection(server, self._addresses(server), context, self)
 
+    def open_ahead(self, server: Server, count: int) -> None:
+        """Begins to connect until `count` connections are idle or on their way. Raises OSError as `take`."""
+        with self._lock:
+            missing = count - len(self._idle[server])
+        for _ in range(missing):
+            self.give_back(self.take(server, fresh=True))
+
     def give_back(self, connection: Connection) -> None:
         """After a response that was read to its end."""
         connection.idle_since_s = time.monotonic()

@@ -63,6 +63,11 @@ class DirectoryOrigin:
             raise missing(key)
         return status.st_size
 
+    def read_start(self, key: str, into: memoryview) -> int:
+        size = self.size(key)
+        self.read_range(key, 0, into[:size])
+        return size
+
     def read_range(self, key: str, offset: int, into: memoryview) -> None:
         if self._steer is None:
             self._read_range(key, offset, into)

@@ -74,6 +74,8 @@ class Exchange:
         offset: int,
         into: memoryview,
         now_s: float,
+        *,
+        may_end: bool = False,
     ) -> None:
         self.connection = connection
         connection.events = select.POLLOUT
@@ -93,6 +95,7 @@ class Exchange:
         self._expected = len(into)
         self._keep = False
         self._refused = False
+        self._may_end = may_end
 
     @property
     def connected(self) -> bool:
@@ -234,16 +237,18 @@ class Exchange:
             if length != self._expected:
                 raise GarbledError(f"content-length {length} for a range of {self._expected} bytes")
             self.total_bytes = got.total
-            if self._expected < wanted and got.total == got.last + 1:
+            if self._expected < wanted and got.total == got.last + 1 and not self._may_end:
                 raise TooShortError(got.total)
             self._keep = True
             return
         self.ignored_range = True
         self.total_bytes = length
         if length < self._offset + wanted:
-            raise TooShortError(length)
+            if not self._may_end or length <= self._offset:
+                raise TooShortError(length)
+            self._expected = length - self._offset
         self._skip = self._offset
-        self._keep = length == self._offset + wanted
+        self._keep = length == self._offset + self._expected
 
     def _read_refusal(self) -> None:
         response = self._response

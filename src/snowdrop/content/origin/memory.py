@@ -31,6 +31,11 @@ class MemoryOrigin:
     def size(self, key: str) -> int:
         return len(self._get(key))
 
+    def read_start(self, key: str, into: memoryview) -> int:
+        size = self.size(key)
+        self.read_range(key, 0, into[:size])
+        return size
+
     def read_range(self, key: str, offset: int, into: memoryview) -> None:
         piece = self._get(key)[offset : offset + len(into)]
         if len(piece) != len(into):

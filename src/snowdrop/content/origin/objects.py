@@ -113,6 +113,16 @@ class ObjectStoreOrigin:
         except (BaseError, ValueError) as error:
             raise self._translated(error, key, "ask for") from error
 
+    def read_start(self, key: str, into: memoryview) -> int:
+        key = parse_tree_path(key, error=InvalidInputError)
+        with suppress(UnusableError, IntegrityError, OriginRefusedError):
+            total = self._reader.read_start(key, into)
+            if total >= 0:
+                return total
+        size = self.size(key)
+        self.read_range(key, 0, into[:size])
+        return size
+
     def read_range(self, key: str, offset: int, into: memoryview) -> None:
         key = parse_tree_path(key, error=InvalidInputError)
         if not into:

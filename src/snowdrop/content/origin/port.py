@@ -38,6 +38,12 @@ class Origin(Protocol):
     def size(self, key: str) -> int:
         """The object's length in bytes."""
 
+    def read_start(self, key: str, into: memoryview) -> int:
+        """Fills the front of `into` with the object from its beginning, as far as there is of both; its length.
+
+        More reads of this origin follow at once: what has to be opened for them may be.
+        """
+
     def read_range(self, key: str, offset: int, into: memoryview) -> None:
         """Fills `into` in place with the bytes from `offset`; verifies nothing.
 

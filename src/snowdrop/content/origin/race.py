@@ -59,7 +59,10 @@ class _Lane:
 class Race:
     """Brings bytes from `offset` on to the front of `into`. `moved` of them are there, also after an error."""
 
-    def __init__(self, course: RaceCourse, located: Located, offset: int, into: memoryview) -> None:
+    def __init__(
+        self, course: RaceCourse, located: Located, offset: int, into: memoryview, *, may_end: bool = False
+    ) -> None:
+        """With `may_end` an object that ends before is all that was wanted."""
         self.moved = 0
         self.first_byte_s = 0.0
         self.total_bytes = -1
@@ -69,6 +72,7 @@ class Race:
         self._into = into
         self._lanes: list[_Lane] = []
         self._hedged = False
+        self._may_end = may_end
 
     def run(self, until_s: float) -> None:
         """Until the answer has ended. Raises FailedError and its siblings, CancelledReadError."""
@@ -101,7 +105,7 @@ class Race:
             raise FailedError("connect", error.strerror or str(error)) from error
         into = self._into if scratch is None else scratch
         now_s = time.monotonic()
-        exchange = Exchange(connection, self._located, self._offset + base, into, now_s)
+        exchange = Exchange(connection, self._located, self._offset + base, into, now_s, may_end=self._may_end)
         self._record.count(requests=1)
         self._lanes.append(_Lane(exchange, base, scratch))
 

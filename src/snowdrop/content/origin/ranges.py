@@ -11,6 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -37,9 +38,12 @@ from snowdrop.domain.errors import (
     TimedOutError,
     UnavailableError,
 )
+from snowdrop.policy.parallelism import CONNECTIONS_START
 from snowdrop.policy.retry import Failure, GiveUp, ReadHistory, RetryLimits, after_failure
 
 REDIRECTS_MAX = 5
+OPEN_AHEAD = CONNECTIONS_START - 1
+"""Besides the one that reads a manifest, which the load then uses, too."""
 PAUSE_LOOK_S = 0.25
 _NEXT_STEPS = {
     "connect": "check that the origin runs and that this node reaches it",
@@ -124,7 +128,17 @@ class RangeReader:
         """
         return self._read(key, 0, memoryview(bytearray(1))).total_bytes
 
-    def _read(self, key: str, offset: int, into: memoryview) -> Answered:
+    def read_start(self, key: str, into: memoryview) -> int:
+        """Fills the front of `into`, with all of the object if it is shorter; its length, -1 if that is not said.
+
+        Connections for the reads that follow are opened meanwhile. Raises as `read`.
+        """
+        server = self._urls.locate(key).target.server
+        with suppress(OSError):  # the read itself will say so
+            self._pool.open_ahead(server, OPEN_AHEAD)
+        return self._read(key, 0, into, may_end=True).total_bytes
+
+    def _read(self, key: str, offset: int, into: memoryview, *, may_end: bool = False) -> Answered:
         history = ReadHistory(started_s=time.monotonic())
         done = redirects = 0
         answered = Answered(0.0, -1)
@@ -132,11 +146,13 @@ class RangeReader:
         located = self._urls.locate(key)
         while done < len(into):
             until_s = history.started_s + self._limits.retry.elapsed_s_max
-            race = Race(self._course, located, offset + done, into[done:])
+            race = Race(self._course, located, offset + done, into[done:], may_end=may_end)
             try:
                 race.run(until_s)
                 done += race.moved
                 answered = Answered(race.first_byte_s, race.total_bytes)
+                if may_end and offset + done == race.total_bytes:
+                    break
                 if done < len(into):
                     less = FailedError("truncated", "it gives fewer bytes than asked for")
                     history = self._after(key, history, less, race.moved)
@@ -159,7 +175,7 @@ class RangeReader:
                 raise self._untrusted(key, error) from error
             except CancelledReadError as error:
                 raise self._cancelled(key) from error
-        self._record.count(bytes=len(into))
+        self._record.count(bytes=done)
         return answered
 
     def close(self) -> None:

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from snowdrop.policy.parallelism import ParallelismLimits, Steering, Window, start, steer
 
 WINDOW_S_MIN = 0.25
+WINDOW_BUSY_S_MIN = 0.05
+WINDOW_BUSY_REQUESTS = 8
+"""So many reads of each connection are enough sooner: a fast link would be asked for little at a time for long."""
 REQUESTS_PER_CONNECTION_MIN = 2
 """A window is long enough to be judged when so many reads of each connection ended in it."""
 IDLE_S_MIN = 0.1
@@ -62,8 +65,9 @@ class Steer:
             self._first_byte_s += first_byte_s
             self._throttled += throttled
             elapsed_s = now_s - self._began_s
-            enough = self._reads >= REQUESTS_PER_CONNECTION_MIN * self._steering.connections
-            if elapsed_s < WINDOW_S_MIN or not (enough or self._throttled):
+            share = self._reads / self._steering.connections
+            is_long = elapsed_s >= WINDOW_S_MIN and (share >= REQUESTS_PER_CONNECTION_MIN or self._throttled)
+            if not is_long and not (elapsed_s >= WINDOW_BUSY_S_MIN and share >= WINDOW_BUSY_REQUESTS):
                 return
             window = Window(
                 bytes=self._bytes,
