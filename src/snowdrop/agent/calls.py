@@ -84,8 +84,8 @@ class CallDoor:
             head = f"POST {INTRODUCTION_PATH} HTTP/1.1\r\nHost: gateway\r\nContent-Length: {len(body)}\r\n\r\n"
             await loop.sock_sendall(sock, head.encode() + body)
             answer = b""
-            # It has no body, so its head's end is its end: what comes after is for the replica.
-            while not answer.endswith(b"\r\n\r\n"):
+            # If it takes us, its head's end is its end: what comes after is for the replica.
+            while b"\r\n\r\n" not in answer:
                 part = await loop.sock_recv(sock, ANSWER_BYTES_MAX)
                 answer += part
                 if not part or len(answer) > ANSWER_BYTES_MAX:
