@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +62,8 @@ def main() -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it means: reload; until somebody listens, nothing
     if arguments.process != "supervise":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if arguments.process in {"control", "agent"}:
+        _keep_from_core_dumps()
     os.set_inheritable(arguments.ready_fd, False)
     layout = StateLayout(Path(arguments.state))
     settings = msgspec.json.decode(layout.settings.read_bytes(), type=Settings)
@@ -84,6 +88,13 @@ def main() -> int:
 
 def _descriptors(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
+
+
+def _keep_from_core_dumps() -> None:
+    """Secrets pass through these processes: no page of theirs is written, to files or to pipes (core(5))."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    with suppress(OSError):  # a kernel without it writes no core of a limit of 0 either, but to a pipe
+        Path("/proc/self/coredump_filter").write_text("0")
 
 
 def _leaves(error: BaseException) -> list[BaseException]:
@@ -151,6 +162,7 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
     from snowdrop.control.origin_roots import OriginRoots, platform_id
     from snowdrop.control.peers import Peers
     from snowdrop.control.recorder import Recorder
+    from snowdrop.control.secrets import Secrets
     from snowdrop.control.tasks.assembly import ControlTasks
     from snowdrop.state.sqlite import SqliteState
     from snowdrop.telemetry.metrics import metrics_route, process_registry
@@ -167,14 +179,16 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
         registry = process_registry()
         metrics = ControlMetrics(registry, loop.world)
         loop.replica_changed, peers.caller_served = metrics.replica_changed, metrics.caller_served
+        loop.secrets = await Secrets.open(state, layout.secret_keys, loop.world)
         durable = ControlTasks(
             loop, peers, settings, registry, files=layout.tasks, webhook_keys=layout.keys / "webhooks"
         )
         for load in (loop.load, peers.load_keys, durable.load):
             await load()
-        keys = KeyStore(layout.keys)
         origin = open_origin(settings.content.origin_url, settings.content.origin_options())
-        roots = OriginRoots(origin, keys, state, loop.world, platform_id(layout.keys / "platform"))
+        roots = OriginRoots(
+            origin, KeyStore(layout.keys), state, loop.world, platform_id(layout.keys / "platform")
+        )
         links = await _listen_unix(layout.link_socket)
         app = Api(loop, peers, info, roots).app()
         usage = UsageMetrics(registry, state, loop.world)

@@ -12,6 +12,7 @@ from snowdrop.domain.errors import ConflictError
 from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, ModelName, ReceiptId, RevisionId, TenantId
 from snowdrop.domain.ref import Seen
 from snowdrop.domain.replica import ReplicaState
+from snowdrop.domain.secret import SecretRecord
 from snowdrop.domain.service import Scale
 from snowdrop.domain.usage import UsageTotal
 from snowdrop.policy.autoscale import AutoscaleInput, AutoscaleState, judge, observe
@@ -374,3 +375,40 @@ class TestScaling:
         assert [w.ended_unix_ns for w in found] == [7, 5]
         assert len(await state.scaling.get_waits(OTHER, NAME, request_id="req-9", limit=10)) == 1
         assert await state.scaling.get_waits(DEFAULT_TENANT, NAME, request_id="req-9", limit=10) == []
+
+
+class TestSecrets:
+    def record(
+        self, name: str = "hf-token", *, version: int = 1, tenant: TenantId = DEFAULT_TENANT
+    ) -> SecretRecord:
+        return SecretRecord(
+            tenant=tenant,
+            name="hf-token",
+            version=version,
+            key_id="k1",
+            wrapped=b"\0w",
+            sealed=b"\xffs",
+            created_unix_ns=1,
+            changed_unix_ns=version,
+        )
+
+    async def test_a_record_comes_back_as_it_was_and_only_its_tenants(self, state: StateStore) -> None:
+        mine, others = self.record(), self.record(tenant=OTHER)
+        await state.secrets.put(mine, expected=None)
+        await state.secrets.put(others, expected=None)
+        assert await state.secrets.get(DEFAULT_TENANT, "hf-token") == mine
+        assert await state.secrets.listed(OTHER) == [others]
+        assert await state.secrets.listed(None) == [mine, others]
+        assert await state.secrets.delete(DEFAULT_TENANT, "hf-token")
+        assert not await state.secrets.delete(DEFAULT_TENANT, "hf-token")
+        assert await state.secrets.get(OTHER, "hf-token") == others
+
+    async def test_a_write_that_comes_second_is_refused(self, state: StateStore) -> None:
+        first, second = self.record(), self.record(version=2)
+        await state.secrets.put(first, expected=None)
+        with pytest.raises(ConflictError):
+            await state.secrets.put(second, expected=None)
+        await state.secrets.put(second, expected=first)
+        with pytest.raises(ConflictError):
+            await state.secrets.put(self.record(version=3), expected=first)
+        assert await state.secrets.get(DEFAULT_TENANT, "hf-token") == second

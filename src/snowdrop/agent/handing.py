@@ -7,13 +7,16 @@ import logging
 import anyio
 import msgspec
 
+from snowdrop.agent.context import NodeContext
 from snowdrop.agent.dataplane.client import EnsuredContent
+from snowdrop.agent.logs import LogLimits, LogSink
 from snowdrop.agent.mounts import ModelMounts
 from snowdrop.domain.deployment import BoundModel
-from snowdrop.domain.errors import SnowdropError
+from snowdrop.domain.errors import ErrorBody, SnowdropError
 from snowdrop.domain.manifest import ArtefactRef
 from snowdrop.domain.receipt import ContentBytes, Span
 from snowdrop.domain.replica import ReplicaKey
+from snowdrop.domain.secret import Redactor
 from snowdrop.wire.control import StartReplica
 from snowdrop.wire.replica import ModelHandle, SlabHandle
 
@@ -94,3 +97,27 @@ async def either(one: anyio.Event, other: anyio.Event) -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait, one)
         tasks.start_soon(wait, other)
+
+
+def open_log(order: StartReplica, context: NodeContext) -> LogSink:
+    """The replica's log, in which none of its secrets is written. Raises OSError."""
+    limits = LogLimits(log_bytes_max=context.settings.log_bytes_max)
+    return LogSink(context.log_path(order.key), limits, redactor=redactor_of(order))
+
+
+def redactor_of(order: StartReplica) -> Redactor:
+    """Strikes the replica's secrets out."""
+    return Redactor(tuple(value.text for value in order.secrets.values()))
+
+
+def redacted(error: ErrorBody, redactor: Redactor) -> ErrorBody:
+    """What user code says of itself, without its secrets: it is stored and shown."""
+    if not redactor:
+        return error
+    return msgspec.structs.replace(
+        error,
+        message=redactor.text(error.message),
+        where=redactor.text(error.where),
+        next_step=redactor.text(error.next_step),
+        fields=[],
+    )

@@ -18,6 +18,8 @@ from typing import BinaryIO
 import anyio
 import msgspec
 
+from snowdrop.domain.secret import Redactor
+
 LOG_BYTES_MAX = 8 << 20
 LINE_BYTES_MAX = 16 << 10
 RATE_BYTES_S_MAX = 1 << 20
@@ -76,22 +78,30 @@ class RateGate:
 class LineSplitter:
     """Bytes in, whole lines out; a line longer than the bound comes in pieces."""
 
-    def __init__(self, line_bytes_max: int) -> None:
+    def __init__(self, line_bytes_max: int, redactor: Redactor | None = None) -> None:
         self._max = line_bytes_max
         self._rest = b""
+        self._redactor = redactor or Redactor(())
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            yield from self._pieces(line)
+            yield from self._pieces(self._redactor.line(line))
+        if len(self._rest) < self._max:
+            return
+        self._rest = self._redactor.line(self._rest)
         while len(self._rest) >= self._max:
-            yield self._rest[: self._max]
-            self._rest = self._rest[self._max :]
+            # A secret that is cut in two would be found in neither piece.
+            end = self._redactor.safe_end(self._rest, self._max)
+            if end == 0:
+                return
+            yield self._rest[:end]
+            self._rest = self._rest[end:]
 
     def flush(self) -> Iterator[bytes]:
         """The last line, if it had no end."""
         if self._rest:
-            yield self._rest
+            yield from self._pieces(self._redactor.line(self._rest))
             self._rest = b""
 
     def _pieces(self, line: bytes) -> Iterator[bytes]:
@@ -141,11 +151,13 @@ class LogSink:
         path: Path,
         limits: LogLimits | None = None,
         *,
+        redactor: Redactor | None = None,
         now_ns: Callable[[], int] = time.time_ns,
         monotonic_s: Callable[[], float] = time.monotonic,
         sleep: Sleep = anyio.sleep,
     ) -> None:
         self._limits = limits or LogLimits()
+        self._redactor = redactor
         self._now_ns = now_ns
         self._monotonic_s = monotonic_s
         self._sleep = sleep
@@ -213,7 +225,7 @@ class LogSink:
         self._file.close()
 
     async def _read(self, stream: str, fd: int) -> None:
-        splitter = LineSplitter(self._limits.line_bytes_max)
+        splitter = LineSplitter(self._limits.line_bytes_max, self._redactor)
         try:
             while True:
                 await anyio.wait_readable(fd)

@@ -16,6 +16,7 @@ import msgspec
 
 from snowdrop.agent.calls import CallDoor
 from snowdrop.agent.context import NodeContext
+from snowdrop.agent.handing import redacted, redactor_of
 from snowdrop.agent.sandboxed import Sandboxed, replica_content
 from snowdrop.agent.traces import ReplicaTraces
 from snowdrop.domain.errors import ErrorBody, ReplicaDiedError, SnowdropError, TimedOutError
@@ -260,8 +261,9 @@ class ReplicaRunner:
             self._spans.extend(message.spans)
             tasks.start_soon(self._serve)
         elif isinstance(message, StageFailed):
-            reason = f"{message.stage}: {message.error.message} ({message.error.where})"
-            self._post(Happened(event=Event.STAGE_FAILED, reason=reason, error=message.error))
+            error = redacted(message.error, redactor_of(self.order))
+            reason = f"{message.stage}: {error.message} ({error.where})"
+            self._post(Happened(event=Event.STAGE_FAILED, reason=reason, error=error))
         elif isinstance(message, WaitForDirectory):
             tasks.start_soon(self._sandboxed.answer_directory, message.model)
         elif isinstance(message, RenewModel):

@@ -17,8 +17,8 @@ import msgspec
 
 from snowdrop.agent.context import NodeContext
 from snowdrop.agent.dataplane.client import EnsuredContent
-from snowdrop.agent.handing import Landed, either, is_lazy, model_handle, wants_tensors, with_all_files
-from snowdrop.agent.logs import LogLimits, LogSink
+from snowdrop.agent.handing import Landed, either, is_lazy, model_handle, open_log, wants_tensors, with_all_files
+from snowdrop.agent.logs import LogSink
 from snowdrop.agent.sandbox.launcher import (
     CODE_TARGET,
     LIFECYCLE,
@@ -100,9 +100,7 @@ class Sandboxed:
         """Starts the sandbox and sends Boot. Raises SandboxError or StorageFullError; `close` cleans up."""
         key, spec = self._order.key, self._order.revision.spec
         try:
-            self._log = LogSink(
-                self._context.log_path(key), LogLimits(log_bytes_max=self._context.settings.log_bytes_max)
-            )
+            self._log = open_log(self._order, self._context)
             self._listener = self._listen()
         except OSError as error:
             raise SandboxError(f"cannot prepare the replica: {error}", where=str(error.filename)) from error
@@ -330,6 +328,7 @@ class Sandboxed:
             code_directory=visible(Mount(source=self._code.directory, target=CODE_TARGET)),
             models=tuple(handles),
             env=revision.spec.env,
+            secrets=self._order.secrets,
             tracing=self._context.is_tracing,
         )
         with suppress(OSError):  # it died already: its exit says so

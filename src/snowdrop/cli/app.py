@@ -20,6 +20,7 @@ from snowdrop.cli import (
     receipts,
     rollouts,
     scaling,
+    secrets,
     store,
     tasks,
     why,
@@ -76,10 +77,12 @@ app.command()(deployments.logs)
 app.command()(deployments.call)
 app.add_typer(rollouts.app, name="rollout")
 app.command()(rollouts.rollback)
+app.command()(rollouts.restart)
 app.command()(rollouts.revisions)
 app.add_typer(receipts.app, name="receipts")
 app.command()(receipts.usage)
 app.add_typer(keys.app, name="key")
+app.add_typer(secrets.app, name="secret")
 app.add_typer(gateway.app, name="gateway")
 app.add_typer(tasks.app, name="task")
 app.add_typer(batch.app, name="batch")

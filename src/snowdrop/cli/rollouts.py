@@ -61,6 +61,13 @@ def rollback(
         _show(ctx, ctx.client.send(RolloutView, "POST", "deployments", name, "rollback", body=body))
 
 
+def restart(name: str, json: JsonFlag = False) -> None:
+    """Replace all replicas by fresh ones, without a gap: they read secrets that were changed."""
+    with reported():
+        ctx = context(json=json)
+        _show(ctx, ctx.client.send(RolloutView, "POST", "deployments", name, "restart", body={}))
+
+
 def revisions(name: str, json: JsonFlag = False) -> None:
     """List a deployment's revisions, the newest first, with the traffic they get."""
     with reported():

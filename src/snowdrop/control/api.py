@@ -14,6 +14,7 @@ from snowdrop.control.loop import ControlLoop
 from snowdrop.control.origin_roots import OriginRoots
 from snowdrop.control.peers import Peers
 from snowdrop.control.rollout_api import RolloutApi
+from snowdrop.control.secrets_api import SecretsApi
 from snowdrop.control.store_api import StoreApi, pass_to_agent
 from snowdrop.control.views import deployment_view, describe
 from snowdrop.control.why_api import WhyApi
@@ -100,6 +101,7 @@ class Api:
                 web.get("/v1/deployments/{name}/logs", self._logs),
                 *RolloutApi(self._loop, self._deploying).routes(),
                 *WhyApi(self._loop).routes(),
+                *(SecretsApi(self._loop, self._loop.secrets).routes() if self._loop.secrets is not None else ()),
                 web.get("/v1/receipts", self._list_receipts),
                 web.get("/v1/receipts/{id}", self._get_receipt),
                 web.get("/v1/usage", self._usage),

@@ -82,6 +82,27 @@ class Deploying:
             return revision, stored is None
         raise ConflictError(f"deployment {name!r} is being changed by others", next_step="try again")
 
+    async def restart(self, tenant: TenantId, name: str) -> RevisionId:
+        """A rollout of the same again: a new revision like the current one, whose replicas start afresh."""
+        deployment = DeploymentName(name)
+        stored = await self._state.get_deployment(tenant, deployment)
+        current = None
+        if stored is not None:
+            current = await self._state.get_revision(tenant, deployment, stored.revision)
+        if current is None:
+            raise unknown_deployment(name)
+        if self._loop.secrets is not None:
+            await self._loop.secrets.check(tenant, current.spec.secrets)
+        again = msgspec.structs.replace(current, id=RevisionId(fresh_id("rev")), created_unix_ns=time.time_ns())
+        async with self._roots.changing:
+            await self._state.put_revision(again)
+
+        async def restarted(now: Deployment) -> Deployment:
+            return self.rolling(now, again.id, again.spec.rollout, again.created_unix_ns)
+
+        await self.change(tenant, name, restarted)
+        return again.id
+
     def rolling(
         self, stored: Deployment, candidate: RevisionId, spec: RolloutSpec, now_unix_ns: int
     ) -> Deployment:
@@ -124,6 +145,8 @@ class Deploying:
             code=body.code,
             models=tuple(models),
         )
+        if self._loop.secrets is not None:
+            await self._loop.secrets.check(tenant, body.spec.secrets)
         await self._roots.check_push(body.lease)
         await self._roots.publish_roots([revision.code, *(bound.artefact for bound in models)])
         await self._state.put_revision(revision)

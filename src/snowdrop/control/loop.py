@@ -8,25 +8,25 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import anyio
-import msgspec
 
 from snowdrop.control import rollouts, scaling
+from snowdrop.control.ending import LOST_REASON, ended_report, lost_report
 from snowdrop.control.receipts import receipt_of
-from snowdrop.control.reconcile import iterate, next_look_s
+from snowdrop.control.reconcile import Order, iterate, next_look_s
 from snowdrop.control.recorder import Recorder
 from snowdrop.control.routes import deployment_route
+from snowdrop.control.secrets import Secrets
 from snowdrop.control.world import DeploymentEntry, DeploymentKey, ReplicaEntry, World
 from snowdrop.domain.deployment import Deployment
-from snowdrop.domain.errors import ConflictError, ReplicaDiedError, SnowdropError
+from snowdrop.domain.errors import ConflictError, SnowdropError
 from snowdrop.domain.ids import NodeId, ReplicaId
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
 from snowdrop.policy import restart
 from snowdrop.policy.autoscale.learned import STARTS_KEPT
 from snowdrop.state.port import StateStore
 from snowdrop.wire.codec import Message
-from snowdrop.wire.control import DeploymentRoute, DrainReplica, LoadReport, RouteChanged
+from snowdrop.wire.control import DeploymentRoute, DrainReplica, LoadReport, RouteChanged, StartReplica
 
-LOST_REASON = "its agent is gone"
 ORPHAN_DRAIN_S_MAX = 30.0
 log = logging.getLogger("snowdrop.control")
 
@@ -48,6 +48,7 @@ class ControlLoop:
         self.state = state
         self.recorder = recorder
         self.generation = 0
+        self.secrets: Secrets | None = None
         self.send_agent: Callable[[NodeId, Message], None] = lambda _node, _message: None
         self.gateway_left: Callable[[str], None] = lambda _gateway: None
         self.send_gateways: Callable[[Message], None] = lambda _message: None
@@ -163,7 +164,7 @@ class ControlLoop:
         kept = set(living)
         for name, entry in list(self.world.replicas.items()):
             if entry.node == node and name not in kept:
-                self.heard_replica(_lost(name, entry))
+                self.heard_replica(lost_report(name, entry))
 
     # --- the loop -----------------------------------------------------------------------------------------
 
@@ -192,7 +193,7 @@ class ControlLoop:
         entry = self.world.deployments[key]
         orders = iterate(self.world, key, now_s=self._clock(), now_unix_ns=time.time_ns())
         for order in orders:
-            self.send_agent(order.node, order.message)
+            await self._send_order(order)
         self._record_decision(entry)
         while self.world.disturbed:
             self.poke(self.world.disturbed.pop())
@@ -222,6 +223,27 @@ class ControlLoop:
             rollouts.stepped(entry, changed)
             log.info("rollout of %s/%s: %s", *key, rollouts.summary(changed))
         self.poke(key)
+
+    async def _send_order(self, order: Order) -> None:
+        message = order.message
+        if isinstance(message, StartReplica):
+            complete = await self.completed(message)
+            if complete is not None:
+                self.send_agent(order.node, complete)
+        else:
+            self.send_agent(order.node, message)
+
+    async def completed(self, order: StartReplica) -> StartReplica | None:
+        """The order with its secrets, as it is sent; without them the start has failed, and None is returned."""
+        if self.secrets is None:
+            return order
+        try:
+            return await self.secrets.complete(order)
+        except SnowdropError as error:
+            entry = self.world.replicas.get(order.key.replica)
+            if entry is not None:
+                self.heard_replica(ended_report(order.key.replica, entry, reason=str(error), error=error.body()))
+            return None
 
     def _drain_orphans(self, key: DeploymentKey) -> None:
         """Replicas that came back after their deployment was deleted: nobody can call them."""
@@ -336,34 +358,3 @@ class ControlLoop:
             deployment.starts = failed(deployment.starts)
         elif deployment.rival is not None and entry.revision == deployment.rival.id:
             deployment.rival_starts = failed(deployment.rival_starts)
-
-
-def _lost(name: ReplicaId, entry: ReplicaEntry) -> ReplicaReport:
-    """The report that a lost agent can no longer make."""
-    error = ReplicaDiedError(
-        "the node's agent is gone, and its replicas with it",
-        where=f"node {entry.node}",
-        next_step="the agent is started again by itself; another replica is started then",
-    )
-    if entry.report is not None:
-        last = entry.report
-    elif entry.order is not None:
-        last = ReplicaReport(
-            key=entry.order.key,
-            node=entry.node,
-            state=ReplicaState.PENDING,
-            reason="ordered",
-            version=0,
-            socket_path="",
-            started_unix_ns=entry.order.ordered_unix_ns,
-        )
-    else:
-        raise AssertionError(f"replica {name} was neither ordered nor reported")
-    return msgspec.structs.replace(
-        last,
-        state=ReplicaState.FAILED,
-        reason=LOST_REASON,
-        version=last.version + 1,
-        error=error.body(),
-        ended_unix_ns=time.time_ns(),
-    )

@@ -129,8 +129,10 @@ class Peers:
             if entry.node != node or name in told:
                 continue
             if entry.report is None and entry.order is not None:
-                send.send_nowait(entry.order)
                 told.add(name)
+                order = await loop.completed(entry.order)
+                if order is not None:
+                    send.send_nowait(order)
             entry.drain_sent = False
         loop.node_gone(node, told)
         for key in loop.world.deployments:

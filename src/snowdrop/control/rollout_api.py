@@ -37,6 +37,7 @@ class RolloutApi:
             web.get(base + "/rollout", self._status),
             web.post(base + "/rollout/{verb}", self._steer),
             web.post(base + "/rollback", self._rollback),
+            web.post(base + "/restart", self._restart),
             web.get(base + "/revisions", self._revisions),
         ]
 
@@ -88,6 +89,11 @@ class RolloutApi:
             return self._deploying.rolling(stored, target, spec, now)
 
         await self._deploying.change(*key, back)
+        return _json(self._view(key))
+
+    async def _restart(self, request: web.Request) -> web.Response:
+        key = _key(request)
+        await self._deploying.restart(*key)
         return _json(self._view(key))
 
     async def _previous(self, stored: Deployment) -> RevisionId:

@@ -53,6 +53,11 @@ class StateLayout(msgspec.Struct, frozen=True):
         return self.root / "content-keys"
 
     @property
+    def secret_keys(self) -> Path:
+        """Keys of the platform that wrap secrets, one file each; not in the database, whose backups go about."""
+        return self.root / "secret-keys"
+
+    @property
     def ingest_index(self) -> Path:
         """What pushes from here know of the origin's chunks, and how far they came: only a cache."""
         return self.root / "ingest.db"

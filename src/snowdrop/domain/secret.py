@@ -99,6 +99,6 @@ class Redactor:
         """Where to cut `data`, at `end` or before it, so that no secret lies across the cut."""
         for part in self._bytes:
             for length in range(min(len(part) - 1, end), 0, -1):
-                if data.startswith(part[:length], end - length) and part.startswith(data[end - length : end]):
-                    return self.safe_end(data, end - length) if end > length else end
+                if data.startswith(part[:length], end - length):
+                    return self.safe_end(data, end - length)
         return end

@@ -15,6 +15,7 @@ from snowdrop.domain.require import require
 from snowdrop.domain.rollout import RolloutSpec
 from snowdrop.domain.scale import Scale as Scale  # noqa: PLC0414 -- part of what a service says
 from snowdrop.domain.scale import Schedule as Schedule  # noqa: PLC0414
+from snowdrop.domain.secret import check_names
 from snowdrop.domain.servers import OPENAI_PATHS, AsgiSpec, CommandSpec, check_models, check_openai_paths
 
 SERVICE_ATTRIBUTE = "__snowdrop_service__"
@@ -134,7 +135,8 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     A service is a class with `endpoints`, or a `command`, or an `asgi` app, whose entry is `module:variable`.
     `openai` names the paths of OpenAI's dialect that a command or an app serves.
-    `park_s_max` is how long a request may wait while the revision is crash-looping; with 0 it is refused at once.
+    `secrets` names secrets by environment variable, or by `file:NAME`. `park_s_max` is how long a request may wait
+    while the revision is crash-looping; with 0 it is refused at once.
     `calls` are the deployments of its tenant that it may call; all others are refused.
     """
 
@@ -152,6 +154,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     drain_s_max: float = 3_600.0
     rollout: RolloutSpec = RolloutSpec()
     park_s_max: float = 60.0
+    secrets: dict[str, str] = msgspec.field(default_factory=dict)
     env: dict[str, str] = msgspec.field(default_factory=dict)
     startup_name: str | None = None
     shutdown_name: str | None = None
@@ -171,6 +174,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
         require(0 < self.startup_s_max <= 86_400, "startup_s_max", "more than 0, at most 86,400 s")
         require(0 < self.import_s_max <= 3_600, "import_s_max", "more than 0, at most 3,600 s")
         require(0 < self.drain_s_max <= 86_400, "drain_s_max", "more than 0, at most 86,400 s")
+        check_names(self.secrets)
         require(0 <= self.park_s_max <= 86_400, "park_s_max", "0 to 86,400 s")
         require(len(self.accelerator) > 0, "accelerator", 'at least one, for example ["cpu"]')
         for name in self.calls:

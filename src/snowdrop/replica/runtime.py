@@ -17,6 +17,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 
 from snowdrop.domain.errors import TimedOutError
 from snowdrop.domain.receipt import Span
+from snowdrop.domain.secret import FILE_MARK, SECRETS_FOLDER
 from snowdrop.domain.trace import TraceSpan
 from snowdrop.replica.build import build_servable
 from snowdrop.replica.calls import carrying_calls
@@ -59,6 +60,16 @@ CUT_S_MAX = 3.0
 def apply_environment(boot: Boot) -> None:
     """Before the service's imports, which may read it."""
     os.environ.update(boot.env)
+    folder = Path(f"{SECRETS_FOLDER}-{boot.key.replica}")
+    for name, value in boot.secrets.items():
+        if name.startswith(FILE_MARK):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            path = folder / name.removeprefix(FILE_MARK)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+                file.write(value.text)
+            os.environ["SNOWDROP_SECRETS"] = str(folder)
+        else:
+            os.environ[name] = value.text
 
 
 def run(link: AgentLink, boot: Boot, fds: tuple[int, ...], booted_unix_ns: int) -> int:

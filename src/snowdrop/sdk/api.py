@@ -92,6 +92,7 @@ def service(
     env: Mapping[str, str] | None = None,
     rollout: Rollout | None = None,
     park_s_max: float | None = None,
+    secrets: Mapping[str, str] | Sequence[str] | None = None,
     calls: str | Sequence[str] | None = None,
 ) -> Callable[[C], C]:
     """Makes a class a service.
@@ -100,7 +101,8 @@ def service(
     `models` gives them by startup parameter instead (`{"encoder": Model("a")}`). `concurrency` is the hard limit
     of requests in one replica at a time; `accelerator` a list in order of preference. `startup_s_max`,
     `import_s_max` and `drain_s_max` bound these stages, in seconds. `rollout` says how new revisions
-    take over, `park_s_max` how long requests wait while the revision does not start at all. Raises
+    take over, `park_s_max` how long requests wait while the revision does not start at all;
+    `secrets` are given by environment variable. Raises
     InvalidInputError naming what is wrong.
     `import_s_max` and `drain_s_max` bound these stages, in seconds. `calls` names deployments that the service may
     call beside those that it has a `ref` of, in its class or its module. Raises InvalidInputError naming what is
@@ -119,6 +121,7 @@ def service(
         "env": None if env is None else dict(env),
         "rollout": rollout,
         "park_s_max": park_s_max,
+        "secrets": secret_names(secrets),
         "calls": (calls,) if isinstance(calls, str) else calls and tuple(calls),
     }
     given = _given_models(model, models)
@@ -224,8 +227,18 @@ _WANTED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "env": (dict, "a dict of str to str"),
     "rollout": (Rollout, "a rollout, as in `sd.Rollout(steps=(sd.RolloutStep(weight=0.1),))`"),
     "park_s_max": ((int, float), "seconds"),
+    "secrets": (dict, "a dict of variable to secret, or a list of secrets"),
     "calls": (tuple, "a name or a list of names"),
 }
+
+
+def secret_names(secrets: object) -> Any:
+    """`("hf-token",)` is short for `{"HF_TOKEN": "hf-token"}`."""
+    if isinstance(secrets, Mapping):
+        return dict(secrets)
+    if isinstance(secrets, list | tuple):
+        return {str(name).upper().replace("-", "_"): name for name in secrets}
+    return secrets
 
 
 def checked_options(given: Mapping[str, Any], models: Sequence[object]) -> dict[str, Any]:
@@ -240,6 +253,7 @@ def checked_options(given: Mapping[str, Any], models: Sequence[object]) -> dict[
     }
     if isinstance(options["accelerator"], str):
         options["accelerator"] = (options["accelerator"],)
+    options["secrets"] = secret_names(options["secrets"])
     _check_types(options, models)
     return {name: value for name, value in options.items() if value is not None}
 
@@ -253,12 +267,14 @@ def _check_types(options: Mapping[str, Any], models: Sequence[object]) -> None:
                 f"`{name}` is {value!r}", where=f"service({name})", next_step=f"give it {wanted}"
             )
     names = [*(options["accelerator"] or ()), *(options["calls"] or ())]
-    texts = [*names, *(options["env"] or {}), *(options["env"] or {}).values()]
+    texts = [*names]
+    for mapping in (options["env"], options["secrets"]):
+        texts += [*(mapping or {}), *(mapping or {}).values()]
     for text in texts:
         if not isinstance(text, str):
             raise InvalidInputError(
                 f"{text!r} is no text",
-                where="service(accelerator, calls, env)",
+                where="service(accelerator, calls, env, secrets)",
                 next_step="give names and values as str",
             )
     for each in models:

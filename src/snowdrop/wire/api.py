@@ -140,6 +140,33 @@ class RevisionView(msgspec.Struct, frozen=True, kw_only=True):
     note: str
 
 
+class PutSecret(msgspec.Struct, frozen=True):
+    """The only message of this API that has a secret's value; no answer has one."""
+
+    value: str
+
+    def __repr__(self) -> str:
+        return "PutSecret(***)"
+
+
+class SecretView(msgspec.Struct, frozen=True, kw_only=True):
+    """A secret as `secret ls` lists it."""
+
+    name: str
+    version: int
+    created_unix_ns: int
+    changed_unix_ns: int
+    used_by: tuple[DeploymentName, ...]
+
+
+class Rotated(msgspec.Struct, frozen=True, kw_only=True):
+    """All secrets are wrapped with the platform key `key_id` now; `removed` older keys are gone."""
+
+    key_id: str
+    rewrapped: int
+    removed: int
+
+
 class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     """A deployment as `ps` shows it."""
 

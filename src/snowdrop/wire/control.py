@@ -15,6 +15,7 @@ from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.ids import DeploymentName, NodeId, ReceiptId, ReplicaId, RevisionId, TenantId
 from snowdrop.domain.receipt import CallerTimes, ContentBytes, Span
 from snowdrop.domain.replica import ReplicaKey, ReplicaReport, ReplicaState
+from snowdrop.domain.secret import SecretValue
 from snowdrop.domain.service import QueueSpec
 from snowdrop.domain.usage import UsageRecord
 from snowdrop.wire.codec import Codec, Message
@@ -49,11 +50,15 @@ class UsageBatch(Message, frozen=True, kw_only=True):
 
 
 class StartReplica(Message, frozen=True, kw_only=True):
-    """Bring a replica up. Sending it twice is harmless: the replica's id makes it one start."""
+    """Bring a replica up. Sending it twice is harmless: the replica's id makes it one start.
+
+    `secrets` are those that the revision names, by variable; they are in no other message and are never stored.
+    """
 
     key: ReplicaKey
     revision: Revision
     ordered_unix_ns: int
+    secrets: dict[str, SecretValue] = msgspec.field(default_factory=dict)
 
 
 class DrainReplica(Message, frozen=True, kw_only=True):

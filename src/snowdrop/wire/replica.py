@@ -11,6 +11,7 @@ import msgspec
 from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.receipt import Span
 from snowdrop.domain.replica import ReplicaKey
+from snowdrop.domain.secret import SecretValue
 from snowdrop.domain.service import ServiceSpec
 from snowdrop.domain.trace import TraceSpan
 from snowdrop.wire.codec import Codec, Message
@@ -65,6 +66,7 @@ class Boot(Message, frozen=True, kw_only=True):
     code_directory: str
     models: tuple[ModelHandle, ...] = ()
     env: dict[str, str] = msgspec.field(default_factory=dict)
+    secrets: dict[str, SecretValue] = msgspec.field(default_factory=dict)
     tracing: bool = False
 
 

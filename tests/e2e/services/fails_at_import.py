@@ -1,7 +1,7 @@
 import snowdrop as sd
 
 
-@sd.service(scale=sd.Scale(max=1))
+@sd.service(park_s_max=0.0, scale=sd.Scale(max=1))
 class Broken:
     @sd.endpoint("/x")
     async def x(self) -> int:

@@ -4,7 +4,7 @@ import time
 import snowdrop as sd
 
 
-@sd.service(scale=sd.Scale(max=1))
+@sd.service(park_s_max=0.0, scale=sd.Scale(max=1))
 class Raises:
     @sd.startup
     def load(self) -> None:
@@ -15,7 +15,7 @@ class Raises:
         return 1
 
 
-@sd.service(scale=sd.Scale(max=1), startup_s_max=0.5)
+@sd.service(park_s_max=0.0, scale=sd.Scale(max=1), startup_s_max=0.5)
 class Never:
     @sd.startup
     def load(self) -> None:
@@ -26,7 +26,7 @@ class Never:
         return 1
 
 
-@sd.service(scale=sd.Scale(max=1))
+@sd.service(park_s_max=0.0, scale=sd.Scale(max=1))
 class Exits:
     @sd.startup
     def load(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import snowdrop as sd
 
 
-@sd.service(model=sd.Model("e2e-model"), concurrency=2, scale=sd.Scale(min=0, max=1, idle_s=1))
+@sd.service(model=sd.Model("e2e-model"), concurrency=2, park_s_max=0.0, scale=sd.Scale(min=0, max=1, idle_s=1))
 class Modelled:
     @sd.startup
     def load(self, model: sd.LoadedModel) -> None:
