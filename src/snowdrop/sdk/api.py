@@ -100,33 +100,14 @@ def service(
     `model` is one model, or several that each name their startup parameter (`Model("a", param="encoder")`);
     `models` gives them by startup parameter instead (`{"encoder": Model("a")}`). `concurrency` is the hard limit
     of requests in one replica at a time; `accelerator` a list in order of preference. `startup_s_max`,
-    `import_s_max` and `drain_s_max` bound these stages, in seconds. `rollout` says how new revisions
-    take over, `park_s_max` how long requests wait while the revision does not start at all;
-    `secrets` are given by environment variable. Raises
-    InvalidInputError naming what is wrong.
-    `import_s_max` and `drain_s_max` bound these stages, in seconds. `calls` names deployments that the service may
-    call beside those that it has a `ref` of, in its class or its module. Raises InvalidInputError naming what is
-    wrong.
+    `import_s_max` and `drain_s_max` bound these stages, in seconds. `rollout` says how new revisions take over,
+    `park_s_max` how long requests wait while the revision does not start at all; `secrets` are given by
+    environment variable. `calls` names deployments that the service may call beside those that it has a `ref` of,
+    in its class or its module. Raises InvalidInputError naming what is wrong.
     """
-    options: dict[str, Any] = {
-        "image": image,
-        "concurrency": concurrency,
-        "scale": scale,
-        "accelerator": (accelerator,) if isinstance(accelerator, str) else accelerator and tuple(accelerator),
-        "queue": queue,
-        "resources": resources,
-        "startup_s_max": startup_s_max,
-        "import_s_max": import_s_max,
-        "drain_s_max": drain_s_max,
-        "env": None if env is None else dict(env),
-        "rollout": rollout,
-        "park_s_max": park_s_max,
-        "secrets": secret_names(secrets),
-        "calls": (calls,) if isinstance(calls, str) else calls and tuple(calls),
-    }
+    options = {name: value for name, value in locals().items() if name in _WANTED}
     given = _given_models(model, models)
-    _check_types(options, given)
-    chosen = {name: value for name, value in options.items() if value is not None}
+    chosen = checked_options(options, given)
 
     def decorate(cls: C) -> C:
         if not isinstance(cls, type):
@@ -251,8 +232,9 @@ def checked_options(given: Mapping[str, Any], models: Sequence[object]) -> dict[
     options = dict.fromkeys(_WANTED) | {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
     }
-    if isinstance(options["accelerator"], str):
-        options["accelerator"] = (options["accelerator"],)
+    for name in ("accelerator", "calls"):
+        options[name] = (options[name],) if isinstance(options[name], str) else options[name]
+    options["env"] = dict(options["env"]) if isinstance(options["env"], Mapping) else options["env"]
     options["secrets"] = secret_names(options["secrets"])
     _check_types(options, models)
     return {name: value for name, value in options.items() if value is not None}
