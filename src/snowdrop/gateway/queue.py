@@ -145,6 +145,7 @@ class QueueCore:
         if held is None:
             return None, []
         held.replica.penalty_until_s = now.s + PENALTY_S
+        held.deployment.changed()
         return held.replica.route.replica, self._end(lease, now, done=False, outcome=outcome)
 
     def worker_gone(self, worker: str, now: Now) -> list[Effect]:
@@ -165,6 +166,7 @@ class QueueCore:
             for replica in deployment.replicas.values():
                 if replica.penalty_until_s and replica.penalty_until_s <= now.s:
                     replica.penalty_until_s = 0.0
+                    deployment.changed()
             deployment.end_waking(now.s)
             for waited in deployment.end_parking(now.s):
                 self._tickets.pop(waited.ticket, None)
@@ -214,6 +216,7 @@ class QueueCore:
         kept = {replica_route.replica for replica_route in route.replicas}
         for gone in [name for name in deployment.replicas if name not in kept]:
             del deployment.replicas[gone]
+        deployment.changed()
         deployment.end_waking(now.s)
         effects: list[Effect] = []
         for waited in lost:

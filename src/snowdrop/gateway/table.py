@@ -9,10 +9,10 @@ import msgspec
 
 from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.ids import ReplicaId
-from snowdrop.domain.replica import ReplicaState
 from snowdrop.gateway.effects import DeploymentKey, Now, waited_too_long
 from snowdrop.gateway.slots import Gauges, ReplicaSlots
 from snowdrop.gateway.traffic import Traffic, lost_pins
+from snowdrop.gateway.words import phase_of, reason_of
 from snowdrop.policy.admission import come_back_s, spread_s
 from snowdrop.policy.queueing import Line, Standing, priority_of, rules_of
 from snowdrop.policy.waiting import Outlook, percent, start_left_s, turn_s
@@ -22,19 +22,12 @@ from snowdrop.wire.slots import Acquire, Outcome, WaitNews
 DRAIN_RATE_HALF_LIFE_S = 5.0
 NEWS_EVERY_S = 1.0
 """How often a worker hears of a request that wants to know; it counts down by itself in between."""
+OUTLOOK_S = 0.05
+"""A forecast holds for so long: thousands may come in that time."""
 PROMISES_MAX = 10_000
 """Refused requests whose time to come back is remembered, so that not all are told the same."""
 
 TicketKey = tuple[str, int]
-
-# The phase of a receipt that a replica in this state is in.
-PHASE_OF = {
-    ReplicaState.PENDING: "activate",
-    ReplicaState.MOUNTING: "mount",
-    ReplicaState.STARTING: "start",
-    ReplicaState.LOADING: "startup",
-}
-_FURTHEST = tuple(reversed(PHASE_OF))
 
 
 class Lease(msgspec.Struct):
@@ -95,6 +88,9 @@ class Deployment:
         self.woken_until_s = 0.0
         self.traffic = Traffic()
         self.parked_since_s = 0.0
+        self._reason: str | None = None
+        self._outlook: Outlook | None = None
+        self._outlook_at_s = 0.0
         self._promises: deque[float] = deque(maxlen=PROMISES_MAX)
 
     @property
@@ -252,6 +248,11 @@ class Deployment:
 
     def outlook(self, now: Now) -> Outlook:
         """What it can do now and soon, by what control and this gateway have learned."""
+        if self._outlook is None or not 0 <= now.s - self._outlook_at_s < OUTLOOK_S:
+            self._outlook, self._outlook_at_s = self._look_out(now), now.s
+        return self._outlook
+
+    def _look_out(self, now: Now) -> Outlook:
         route = self.route
         slots = self.slots
         left = (self._start_left_s((now.unix_ns - one.ordered_unix_ns) / 1e9) for one in route.coming)
@@ -276,34 +277,18 @@ class Deployment:
 
     @property
     def phase(self) -> str:
-        """What those who wait, wait for: a slot (`queue`), the replica furthest on its way, or the next try
-        of a revision that does not start (`parked`).
-        """
-        if self.accepting:
-            return "queue"
-        if self.route.parked is not None and not self.route.coming:
-            return "parked"
-        states = {one.state for one in self.route.coming}
-        return next((PHASE_OF[state] for state in _FURTHEST if state in states), "activate")
+        return phase_of(self.route, ready=self.accepting > 0)
 
     @property
     def reason(self) -> str:
-        """Why a request finds no slot now, in words."""
-        ready, starting = self.accepting, self.route.starting
-        left_out = sum(1 for r in self.replicas.values() if r.route.accepting and r.penalty_until_s)
-        if ready:
-            text = f"all {self.slots} slots of {ready} ready replicas were taken"
-        elif starting:
-            text = f"no replica was ready, {starting} starting (phase {self.phase})"
-        elif self.route.parked is not None:
-            text = f"nothing is started for now: {self.route.parked.error.message}"
-        else:
-            text = "no replica was ready or starting"
-        if left_out:
-            text += f", {left_out} left out because it could not be reached"
-        if ready and starting:
-            text += f", {starting} more starting"
-        return text
+        """Why a request finds no slot now, in words; the same for all who come until something changes."""
+        if self._reason is None:
+            self._reason = reason_of(self.route, self.replicas.values())
+        return self._reason
+
+    def changed(self) -> None:
+        """Its route or the standing of a replica is another one: what was concluded from them is forgotten."""
+        self._reason = self._outlook = None
 
     def news(self, waiting: Waiting, position: int, now: Now) -> WaitNews:
         """What a waiting request is told, and when it is told again."""
