@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anyio
 import anyio.lowlevel
+import msgspec
 import pytest
 
 from platform_helpers import KEY, NAME, call, caller, replica_route, route
@@ -27,7 +28,7 @@ from snowdrop.gateway.owner import Owner
 from snowdrop.gateway.queue import QueueCore
 from snowdrop.wire.codec import PROTOCOL_VERSION
 from snowdrop.wire.control import CallerServed, RouteChanged, Routes
-from snowdrop.wire.slots import TO_WORKER, Granted, WaitNews, WorkerHello
+from snowdrop.wire.slots import TO_WORKER, Acquire, Granted, WaitNews, WorkerHello
 from snowdrop.wire.stream import MessageStream
 
 pytestmark = pytest.mark.anyio
@@ -317,3 +318,26 @@ async def test_a_broken_frame_ends_that_worker_alone(bench: Bench) -> None:
             await messages.receive()
         await messages.aclose()
         good.release(await acquire(good))
+
+
+async def test_a_worker_that_does_not_read_is_cut_off_and_holds_up_nobody(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be stopped, or stuck: what it is not told piles up, within a bound."""
+    monkeypatch.setattr("snowdrop.gateway.owner.WORKER_OUTBOX_MAX", 10)
+    bench.show(replica_route(concurrency=20_000))
+    stream = await anyio.connect_unix(str(bench.socket))
+    messages: MessageStream[object] = MessageStream(stream, TO_WORKER)
+    await messages.send(WorkerHello(version=PROTOCOL_VERSION, worker="w-stuck"))
+    ask = Acquire(ticket=0, key_sha256=None, deployment=NAME, arrived_unix_ns=1)
+    for ticket in range(1, 20_000):
+        try:
+            await messages.send(msgspec.structs.replace(ask, ticket=ticket))
+        except anyio.BrokenResourceError:
+            break
+    else:
+        raise AssertionError("it was never cut off")
+    async with bench.remote("w-good") as good:
+        good.release(await acquire(good))
+    await bench.until(lambda: not bench.core.busy)
+    await messages.aclose()

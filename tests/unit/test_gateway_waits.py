@@ -202,6 +202,39 @@ async def test_another_answer_than_a_stream_becomes_one_event(bench: Bench, stat
     assert last + "\n" == f'{name}data: {{"a":\ndata: 1}}\n'
 
 
+async def test_an_answer_too_large_for_an_event_is_said_to_be_and_not_held(bench: Bench) -> None:
+    async def endless(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse(headers={"content-type": "application/octet-stream"})
+        await answer.prepare(request)
+        while True:
+            await answer.write(bytes(1 << 16))
+            await anyio.sleep(0)
+
+    async with bench.replica(endless) as ready, bench.client.get("/embed/x", headers=EVENTS) as answer:
+        await answer.content.readuntil(b"\n\n")
+        bench.change(ready)
+        rest = (await answer.read()).decode()
+    assert len(rest) < 10_000
+    *_, last = rest.strip().split("\n\n")
+    assert json.loads(last.removeprefix("event: error\ndata: "))["error"]["kind"] == "too_large"
+
+
+async def test_head_gets_no_comments(bench: Bench) -> None:
+    async def hello(_request: web.Request) -> web.Response:
+        return web.Response(headers={"x-own": "1"})
+
+    async with bench.replica(hello) as ready, anyio.create_task_group() as tasks:
+
+        async def ask() -> None:
+            async with bench.client.head("/embed/x", headers=EVENTS) as answer:
+                assert (answer.status, answer.headers["x-own"]) == (200, "1")
+
+        tasks.start_soon(ask)
+        await bench.one_waits()
+        bench.tick(2.0)
+        bench.change(ready)
+
+
 async def test_a_stream_that_need_not_wait_has_the_status_and_headers_of_the_service(bench: Bench) -> None:
     async def refuse(_request: web.Request) -> web.Response:
         return web.Response(status=422, text="no", headers={"x-own": "1"})

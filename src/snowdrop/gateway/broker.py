@@ -329,8 +329,14 @@ class RemoteBroker:
 
     def _say(self, message: Message) -> None:
         # Once the owner is gone it has reclaimed all leases of this worker: there is nobody to tell.
-        if not self._gone.is_set():
+        if self._gone.is_set():
+            return
+        try:
             self._send.send_nowait(message)
+        except anyio.WouldBlock:
+            # An owner that does not read is as good as gone, and what it does not hear must not be lost unnoticed.
+            self._gone.set()
+            self._tickets.fail_all(_owner_gone())
 
 
 def _owner_gone() -> PlatformDownError:

@@ -8,11 +8,13 @@ import msgspec
 from aiohttp import HttpVersion11, hdrs, web
 from multidict import CIMultiDict
 
-from snowdrop.domain.errors import SnowdropError
+from snowdrop.domain.errors import SnowdropError, TooLargeError
 from snowdrop.gateway.call import Call, CallerGoneError
 from snowdrop.wire.slots import WaitNews
 
 EVENT_STREAM = "text/event-stream"
+LATE_BYTES_MAX = 1 << 20
+"""An answer that comes as one event is held until it is whole, and is no larger than this."""
 _encode = msgspec.json.Encoder().encode
 
 
@@ -32,6 +34,7 @@ class HttpSink:
         self._early = False
         self._held: list[bytes] | None = None
         self._held_status = 200
+        self._held_bytes = 0
 
     @property
     def begun(self) -> bool:
@@ -71,6 +74,13 @@ class HttpSink:
 
     async def write(self, chunk: bytes) -> None:
         if self._held is not None:
+            self._held_bytes += len(chunk)
+            if self._held_bytes > LATE_BYTES_MAX:
+                raise TooLargeError(
+                    "the answer is no event stream, and too large for one event of the stream that has begun",
+                    where=f"late_bytes_max={LATE_BYTES_MAX}",
+                    next_step="ask without `accept: text/event-stream`, or set queue.progress_first_s=None",
+                )
             self._held.append(chunk)
         else:
             await self._write(chunk)

@@ -167,9 +167,18 @@ class Owner:
             await messages.aclose()
             return
         send, outbox = anyio.create_memory_object_stream[ToWorker](WORKER_OUTBOX_MAX)
-        self.attach(hello.worker, send.send_nowait)
         try:
             async with anyio.create_task_group() as tasks, aclosing(messages):
+
+                def answer(message: ToWorker) -> None:
+                    try:
+                        send.send_nowait(message)
+                    except anyio.WouldBlock:
+                        # It does not read any more. Its leases end with it; nobody else is held up.
+                        log.warning("worker %s is cut off: it does not read", hello.worker)
+                        tasks.cancel_scope.cancel()
+
+                self.attach(hello.worker, answer)
                 tasks.start_soon(write_from, outbox, messages)
                 try:
                     async for message in messages:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 from random import Random
 
+import msgspec
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
 from yarl import URL
@@ -119,7 +120,9 @@ def make_call(
         caller=Caller(key_sha256=key_sha256(secret) if secret is not None else None, label=asked.caller),
         request_id=request_id,
         arrived_unix_ns=arrived_unix_ns,
-        wait=asked.wait,
+        wait=asked.wait
+        if request.method != hdrs.METH_HEAD
+        else msgspec.structs.replace(asked.wait, progress=False),
         deadline_unix_s=asked.deadline_unix_s,
         revision=request.headers.get(REVISION_HEADER, ""),
     )
