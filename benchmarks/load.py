@@ -145,13 +145,14 @@ async def run(target: str, request: bytes, *, connections: int, seconds: float) 
     )
 
 
-def request_bytes(path: str, body: str) -> bytes:
+def request_bytes(path: str, body: str, key: str = "") -> bytes:
     """A POST of JSON, as a small client would send it."""
     octets = body.encode()
     head = (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: benchmark\r\nAccept: */*\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(octets)}\r\n\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(octets)}\r\n"
     )
+    head += f"Authorization: Bearer {key}\r\n\r\n" if key else "\r\n"
     return head.encode() + octets
 
 
@@ -160,10 +161,11 @@ def main() -> None:
     parser.add_argument("target", help="HOST:PORT or unix:PATH")
     parser.add_argument("path")
     parser.add_argument("body", help="JSON")
+    parser.add_argument("--key", default="", help="an API key to send")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=2.0)
     chosen = parser.parse_args()
-    request = request_bytes(chosen.path, chosen.body)
+    request = request_bytes(chosen.path, chosen.body, chosen.key)
     load = uvloop.run(run(chosen.target, request, connections=chosen.connections, seconds=chosen.seconds))
     sys.stdout.write(msgspec.json.encode(load).decode() + "\n")
 

@@ -74,10 +74,11 @@ class _Running(msgspec.Struct):
 
 
 @contextmanager
-def running_platform(*arguments: str) -> Iterator[Platform]:
-    """`snowdrop up ARGUMENTS` while inside."""
+def running_platform(*arguments: str, config: str = "") -> Iterator[Platform]:
+    """`snowdrop up ARGUMENTS` while inside, with `config` as its settings file."""
     folder = Path(tempfile.mkdtemp(prefix="snowdrop-bench-"))
     platform = Platform(StateLayout(folder))
+    platform.layout.config.write_text(config)
     try:
         platform.up(*arguments)
         yield platform

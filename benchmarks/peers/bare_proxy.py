@@ -1,5 +1,6 @@
 """A reverse proxy to one unix socket as one would write it with aiohttp, and nothing else: no queue, no slots, no
-keys, no typed errors. `python -m benchmarks.peers.bare_proxy SOCKET` prints the port that it took.
+keys, no typed errors. `python -m benchmarks.peers.bare_proxy SOCKET` prints the port that it took; several of them
+share one with `--port`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Proxy:
             return answer
 
 
-async def serve(socket_path: str) -> None:
+async def serve(socket_path: str, port: int) -> None:
     connector = aiohttp.UnixConnector(path=socket_path, limit=0)
     async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
         app = web.Application()
@@ -42,7 +43,7 @@ async def serve(socket_path: str) -> None:
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            await web.TCPSite(runner, "127.0.0.1", port, reuse_port=True).start()
             print(runner.addresses[0][1], flush=True)
             await anyio.sleep_forever()
         finally:
@@ -52,7 +53,9 @@ async def serve(socket_path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("socket")
-    uvloop.run(serve(parser.parse_args().socket))
+    parser.add_argument("--port", type=int, default=0)
+    chosen = parser.parse_args()
+    uvloop.run(serve(chosen.socket, chosen.port))
 
 
 if __name__ == "__main__":

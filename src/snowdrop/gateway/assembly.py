@@ -258,8 +258,9 @@ async def _keep_workers(edge: _Edge, tasks: anyio.abc.TaskGroup) -> None:
     fds = tuple(one.socket.fileno() for one in edge.listening)
     gateway = edge.gateway
     keepers = [Keeper(_kept_worker(edge.layout.root, gateway, number, fds)) for number in range(gateway.workers)]
-    for keeper in keepers:
-        await tasks.start(keeper.run)
+    async with anyio.create_task_group() as starting:
+        for keeper in keepers:
+            starting.start_soon(tasks.start, keeper.run)
     with anyio.open_signal_receiver(signal.SIGHUP) as signals:
         edge.ready()
         async for _signal in signals:
