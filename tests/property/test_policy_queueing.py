@@ -179,10 +179,11 @@ def test_the_same_calls_give_the_same_order(waiting: list[Standing], fair: bool)
     assert sorted(turns()) == list(range(len(waiting)))
 
 
-@given(st.integers(-20, 20) | st.none())
-def test_a_priority_is_what_the_deployment_allows(asked: int | None) -> None:
+@given(st.integers(-20, 20) | st.none(), st.integers(-9, 9))
+def test_a_priority_is_what_the_deployment_and_the_key_allow(asked: int | None, key_max: int) -> None:
     queue = QueueSpec(priority=1, priority_min=-1, priority_max=3)
     got = priority_of(queue, asked)
     assert got == (1 if asked is None else min(max(asked, -1), 3))
+    assert priority_of(queue, asked, key_max) == max(min(got, key_max), -1)
     assert priority_of(QueueSpec(), asked) == 0, "without being allowed, none passes another"
     assert msgspec.structs.replace(queue, priority_max=1).priority == 1

@@ -238,6 +238,18 @@ def test_a_priority_passes_those_who_came_a_little_earlier_within_what_is_allowe
     assert asking.turns() == ["old", "high", "plain", "low"]
 
 
+def test_a_key_bounds_the_priority_of_its_requests() -> None:
+    asking = Asking(QueueSpec(priority_min=-1, priority_max=2))
+    asking.core.set_routes(
+        [route(replica_route(concurrency=1), queue=asking.queue)],
+        (KeyGrant(key_sha256="k", tenant=KEY[0], priority_max=-1),),
+        asking.now,
+    )
+    asking.ask("bounded", key_sha256="k", priority=2)
+    asking.ask("free", priority=0)
+    assert asking.turns() == ["free", "bounded"]
+
+
 def test_without_being_allowed_a_priority_changes_nothing() -> None:
     asking = Asking(QueueSpec())
     asking.ask("first")

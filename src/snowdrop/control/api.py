@@ -27,6 +27,7 @@ from snowdrop.wire.api import (
     Deploy,
     Deployed,
     Info,
+    MakeKey,
     NewKey,
     NextGeneration,
     PutModel,
@@ -203,7 +204,14 @@ class Api:
     async def _make_key(self, request: web.Request) -> web.Response:
         secret, digest = make_key()
         name = parse_name(request.match_info["name"], what="key name")
-        record = KeyRecord(tenant=_tenant(request), name=name, key_sha256=digest, created_unix_ns=time.time_ns())
+        asked = await _body(request, MakeKey) if request.can_read_body else MakeKey()
+        record = KeyRecord(
+            tenant=_tenant(request),
+            name=name,
+            key_sha256=digest,
+            created_unix_ns=time.time_ns(),
+            priority_max=asked.priority_max,
+        )
         await self._state.put_key(record)
         await self._peers.load_keys()
         return _json(NewKey(name=name, secret=secret), 201)

@@ -64,7 +64,9 @@ class Peers:
     async def load_keys(self) -> None:
         """Reads the API keys and tells gateways of them."""
         records = await self._loop.state.list_keys(None)
-        self._keys = tuple(KeyGrant(key_sha256=r.key_sha256, tenant=r.tenant) for r in records)
+        self._keys = tuple(
+            KeyGrant(key_sha256=r.key_sha256, tenant=r.tenant, priority_max=r.priority_max) for r in records
+        )
         if self._settled.is_set():
             self._to_gateways(self._table())
 

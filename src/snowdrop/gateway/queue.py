@@ -10,10 +10,10 @@ There is one of it per gateway, in the owner. Invariants, which the property tes
 from __future__ import annotations
 
 from collections.abc import Iterable
-from heapq import heapify, heappop, heappush
 
 from snowdrop.domain.errors import ErrorBody, SnowdropError, UnavailableError
 from snowdrop.domain.ids import DeploymentName, ReplicaId, TenantId
+from snowdrop.gateway.deadlines import Deadlines
 from snowdrop.gateway.effects import (
     DemandChanged,
     Deny,
@@ -43,8 +43,6 @@ PENALTY_S = 1.0
 """A replica that could not be reached is left out for so long, unless control says something of it first."""
 RANKED_MAX = 10_000
 """In a longer line than this, those who wait are not told their exact place."""
-STALE_MAX = 1_024
-"""Outdated deadlines that may be kept beside one for each waiting request."""
 
 
 class QueueCore:
@@ -53,12 +51,12 @@ class QueueCore:
     def __init__(self, *, keys_required: bool) -> None:
         self._keys_required = keys_required
         self._keys: dict[str, TenantId] = {}
+        self._key_priority: dict[str, int] = {}
         self._deployments: dict[DeploymentKey, Deployment] = {}
         self._leases: dict[int, Lease] = {}
         self._tickets: dict[TicketKey, Deployment | int] = {}
-        self._deadlines: list[tuple[float, int, TicketKey]] = []
+        self._deadlines = Deadlines()
         self._next_lease = 1
-        self._next_wait = 1
         self._lineage = Lineage(self._leases, lambda ticket: isinstance(self._tickets.get(ticket), Deployment))
         self.waits = WaitLog()
         self.connected = False
@@ -183,7 +181,9 @@ class QueueCore:
         for deployment in self._deployments.values():
             for replica in deployment.replicas.values():
                 replica.idle_said = False  # a control that was restarted has not heard it
-        self._keys = {grant.key_sha256: grant.tenant for grant in keys}
+        grants = tuple(keys)
+        self._keys = {grant.key_sha256: grant.tenant for grant in grants}
+        self._key_priority = {g.key_sha256: g.priority_max for g in grants if g.priority_max is not None}
         effects: list[Effect] = []
         named: set[DeploymentKey] = set()
         for route in routes:
@@ -267,12 +267,12 @@ class QueueCore:
         self, worker: str, request: Acquire, deployment: Deployment, deadline_s: float, now: Now, *, pin: str
     ) -> list[Effect]:
         queue = deployment.route.queue
-        waiting = deployment.join(worker, request, deadline_s, now, pin=pin)
+        key_max = self._key_priority.get(request.key_sha256 or "")
+        waiting = deployment.join(worker, request, deadline_s, now, pin=pin, key_priority_max=key_max)
         self._tickets[waiting.ticket] = deployment
         if request.parent_lease:
             self._lineage.waits(waiting.ticket, request, (deployment.route.tenant, request.deployment))
-        heappush(self._deadlines, (deadline_s, self._next_wait, waiting.ticket))
-        self._next_wait += 1
+        self._deadlines.put(deadline_s, waiting.ticket, self._tickets)
         deployment.note_peak()
         effects: list[Effect] = [DemandChanged((deployment.route.tenant, request.deployment))]
         if request.progress and queue.progress_first_s is not None:
@@ -344,8 +344,7 @@ class QueueCore:
 
     def _end_late(self, now: Now) -> list[Effect]:
         effects: list[Effect] = []
-        while self._deadlines and self._deadlines[0][0] <= now.s:
-            _deadline_s, _number, ticket = heappop(self._deadlines)
+        for ticket in self._deadlines.due(now.s):
             deployment = self._tickets.get(ticket)
             if not isinstance(deployment, Deployment):
                 continue
@@ -353,9 +352,6 @@ class QueueCore:
             del self._tickets[ticket]
             if waited is not None:
                 effects.append(self._deny(deployment, waited, deployment.too_late(waited, now), now))
-        if len(self._deadlines) > STALE_MAX + 2 * len(self._tickets):
-            self._deadlines = [entry for entry in self._deadlines if entry[2] in self._tickets]
-            heapify(self._deadlines)
         return effects
 
     def _news(self, deployment: Deployment, now: Now) -> list[Effect]:

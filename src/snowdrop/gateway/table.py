@@ -115,7 +115,16 @@ class Deployment:
 
     # --- the line -----------------------------------------------------------------------------------------
 
-    def join(self, worker: str, request: Acquire, deadline_s: float, now: Now, *, pin: str = "") -> Waiting:
+    def join(
+        self,
+        worker: str,
+        request: Acquire,
+        deadline_s: float,
+        now: Now,
+        *,
+        pin: str = "",
+        key_priority_max: int | None = None,
+    ) -> Waiting:
         """Puts a request into the line; with a `pin` only that revision may serve it."""
         queue = self.route.queue
         ahead = 0 if request.attempt else len(self.line)
@@ -125,7 +134,7 @@ class Deployment:
             deadline_s=deadline_s,
             since_s=now.s,
             since_unix_ns=now.unix_ns,
-            priority=priority_of(queue, request.priority),
+            priority=priority_of(queue, request.priority, key_priority_max),
             reason=self.reason,
             position=ahead,
             expected_s=self.expected_s(now, ahead),

@@ -38,11 +38,12 @@ def rules_of(queue: QueueSpec) -> LineRules:
     return LineRules(fair=queue.order == "fair", lead_s=queue.priority_lead_s)
 
 
-def priority_of(queue: QueueSpec, asked: int | None) -> int:
-    """The priority that a request gets: what it asks for, as far as the deployment allows."""
-    if asked is None:
-        return queue.priority
-    return min(max(asked, queue.priority_min), queue.priority_max)
+def priority_of(queue: QueueSpec, asked: int | None, key_max: int | None = None) -> int:
+    """The priority that a request gets: what it asks for, as far as the deployment and its key allow."""
+    wanted = queue.priority if asked is None else min(asked, queue.priority_max)
+    if key_max is not None:
+        wanted = min(wanted, key_max)
+    return max(wanted, queue.priority_min)
 
 
 class Standing(NamedTuple):

@@ -25,12 +25,16 @@ LIST_MAX = 10_000
 
 
 class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """An API key: the SHA-256 of its secret, whose it is, and a name to revoke it by."""
+    """An API key: the SHA-256 of its secret, whose it is, and a name to revoke it by.
+
+    `priority_max`: requests with it get no higher priority in queues; None: as high as a deployment lets any.
+    """
 
     tenant: TenantId
     name: str
     key_sha256: str
     created_unix_ns: int
+    priority_max: int | None = None
 
 
 class StateStore(Protocol):

@@ -200,6 +200,12 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[ModelName, ...]
 
 
+class MakeKey(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests with the key get no higher priority in queues than `priority_max` (None: as any)."""
+
+    priority_max: int | None = None
+
+
 class NewKey(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to making a key: the only time its secret is seen."""
 

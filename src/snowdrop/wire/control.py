@@ -235,6 +235,7 @@ class KeyGrant(msgspec.Struct, frozen=True, kw_only=True):
 
     key_sha256: str
     tenant: TenantId
+    priority_max: int | None = None
 
 
 class Routes(Message, frozen=True, kw_only=True):
