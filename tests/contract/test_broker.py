@@ -324,7 +324,7 @@ async def test_a_worker_that_does_not_read_is_cut_off_and_holds_up_nobody(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be stopped, or stuck: what it is not told piles up, within a bound."""
-    monkeypatch.setattr("snowdrop.gateway.owner.WORKER_OUTBOX_MAX", 10)
+    monkeypatch.setattr("snowdrop.wire.pipe.OUTBOX_BYTES_MAX", 10_000)
     bench.show(replica_route(concurrency=20_000))
     stream = await anyio.connect_unix(str(bench.socket))
     messages: MessageStream[object] = MessageStream(stream, TO_WORKER)

@@ -21,6 +21,7 @@ from snowdrop.gateway.call import Call
 from snowdrop.gateway.owner import Owner
 from snowdrop.wire.codec import PROTOCOL_VERSION, Message
 from snowdrop.wire.counts import RequestSeries
+from snowdrop.wire.pipe import MessagePipe
 from snowdrop.wire.slots import (
     TO_WORKER,
     Acquire,
@@ -41,11 +42,6 @@ from snowdrop.wire.slots import (
     WaitNews,
     WorkerHello,
 )
-from snowdrop.wire.stream import MessageStream, write_from
-
-OUTBOX_MAX = 100_000
-"""Messages a worker may have waiting for its owner; more than all requests it can hold at once."""
-
 
 T = TypeVar("T")
 ASK_S_MAX = 5.0
@@ -244,7 +240,7 @@ class RemoteBroker:
     def __init__(self, worker: str) -> None:
         self._worker = worker
         self._tickets = _Tickets()
-        self._send, self._outbox = anyio.create_memory_object_stream[Message](OUTBOX_MAX)
+        self._pipe: MessagePipe[ToWorker] | None = None
         self._gone = anyio.Event()
         self.connected = False
 
@@ -255,23 +251,19 @@ class RemoteBroker:
 
     async def run(self, stream: anyio.abc.ByteStream, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Speaks to the owner until the connection ends."""
-        messages: MessageStream[ToWorker] = MessageStream(stream, TO_WORKER)
-        await messages.send(WorkerHello(version=PROTOCOL_VERSION, worker=self._worker))
+        pipe: MessagePipe[ToWorker] = MessagePipe(TO_WORKER)
+        await pipe.open(stream)
+        self._pipe = pipe
+        pipe.send(WorkerHello(version=PROTOCOL_VERSION, worker=self._worker))
         try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(write_from, self._outbox, messages)
-                self.connected = True
-                task_status.started()
-                async for message in messages:
-                    self._tickets.answer(message)
-                tasks.cancel_scope.cancel()
+            self.connected = True
+            task_status.started()
+            await pipe.run(self._tickets.answer)
         finally:
             self.connected = False
             self._gone.set()
             self._tickets.fail_all(_owner_gone())
-            self._send.close()
-            self._outbox.close()
-            await messages.aclose()
+            pipe.close()
 
     async def acquire(self, call: Call, news: TakeNews | None = None) -> Granted:
         if self._gone.is_set():
@@ -329,14 +321,9 @@ class RemoteBroker:
 
     def _say(self, message: Message) -> None:
         # Once the owner is gone it has reclaimed all leases of this worker: there is nobody to tell.
-        if self._gone.is_set():
-            return
-        try:
-            self._send.send_nowait(message)
-        except anyio.WouldBlock:
-            # An owner that does not read is as good as gone, and what it does not hear must not be lost unnoticed.
-            self._gone.set()
-            self._tickets.fail_all(_owner_gone())
+        # One that does not read is cut off by the pipe, and then it is gone.
+        if self._pipe is not None and not self._gone.is_set():
+            self._pipe.send(message)
 
 
 def _owner_gone() -> PlatformDownError:

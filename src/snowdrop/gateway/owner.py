@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import aclosing
+from functools import partial
 from typing import Protocol
 
 import anyio
@@ -32,6 +32,7 @@ from snowdrop.wire.control import (
     Routes,
     ToGateway,
 )
+from snowdrop.wire.pipe import MessagePipe
 from snowdrop.wire.slots import (
     FROM_WORKER,
     Acquire,
@@ -50,11 +51,9 @@ from snowdrop.wire.slots import (
     ToWorker,
     WorkerHello,
 )
-from snowdrop.wire.stream import MessageStream, write_from
 
 CALLERS_MAX = 10_000
 """Receipts whose caller control has not confirmed; beyond it the oldest are given up."""
-WORKER_OUTBOX_MAX = 100_000
 TICK_S = 0.25
 HELLO_S_MAX = 5.0
 log = logging.getLogger("snowdrop.gateway")
@@ -156,41 +155,26 @@ class Owner:
         await listener.serve(self._serve_worker)
 
     async def _serve_worker(self, stream: anyio.abc.ByteStream) -> None:
-        messages: MessageStream[FromWorker] = MessageStream(stream, FROM_WORKER)
+        pipe: MessagePipe[FromWorker] = MessagePipe(FROM_WORKER)
+        await pipe.open(stream)
         try:
             with anyio.fail_after(HELLO_S_MAX):
-                hello = await messages.receive()
+                hello = await pipe.first()
             if not isinstance(hello, WorkerHello):
                 raise ProtocolError("a worker must say hello first", where="hello")
             check_version(hello.version, peer=f"gateway worker {hello.worker}")
         except (TimeoutError, ProtocolError, anyio.EndOfStream):
-            await messages.aclose()
+            pipe.close()
             return
-        send, outbox = anyio.create_memory_object_stream[ToWorker](WORKER_OUTBOX_MAX)
+        self.attach(hello.worker, pipe.send)
         try:
-            async with anyio.create_task_group() as tasks, aclosing(messages):
-
-                def answer(message: ToWorker) -> None:
-                    try:
-                        send.send_nowait(message)
-                    except anyio.WouldBlock:
-                        # It does not read any more. Its leases end with it; nobody else is held up.
-                        log.warning("worker %s is cut off: it does not read", hello.worker)
-                        tasks.cancel_scope.cancel()
-
-                self.attach(hello.worker, answer)
-                tasks.start_soon(write_from, outbox, messages)
-                try:
-                    async for message in messages:
-                        self._handle(hello.worker, message)
-                except ProtocolError as error:
-                    # One worker's broken frame must not end the others: it is cut off and started again.
-                    log.warning("worker %s is cut off: %s", hello.worker, error)
-                tasks.cancel_scope.cancel()
+            await pipe.run(partial(self._handle, hello.worker))
+        except ProtocolError as error:
+            # One worker's broken frame must not end the others: it is cut off and started again.
+            log.warning("worker %s is cut off: %s", hello.worker, error)
         finally:
             self.detach(hello.worker)
-            send.close()
-            outbox.close()
+            pipe.close()
 
     def _handle(self, worker: str, message: FromWorker) -> None:
         if isinstance(message, Acquire):

@@ -9,16 +9,13 @@ from typing import Generic, TypeVar
 import anyio
 import anyio.abc
 from anyio.streams.buffered import BufferedByteReceiveStream
-from anyio.streams.memory import MemoryObjectReceiveStream
 
 from snowdrop.domain.errors import ProtocolError
 from snowdrop.wire.codec import FRAME_BYTES_MAX, Codec, Message
 
 _LENGTH = struct.Struct("<I")
 In = TypeVar("In")
-Out = TypeVar("Out", bound=Message)
 
-BATCH_MAX = 256
 SEND_S_MAX = 10.0
 """A peer that takes nothing for so long is treated as gone."""
 
@@ -75,18 +72,3 @@ class MessageStream(Generic[In]):
 
     async def aclose(self) -> None:
         await anyio.aclose_forcefully(self._stream)
-
-
-async def write_from(outbox: MemoryObjectReceiveStream[Out], messages: MessageStream[In]) -> None:
-    """Sends what comes out of `outbox`, all that waits there at once, until it or the connection ends."""
-    async for first in outbox:
-        batch = [first]
-        while len(batch) < BATCH_MAX:
-            try:
-                batch.append(outbox.receive_nowait())
-            except (anyio.WouldBlock, anyio.EndOfStream):
-                break
-        try:
-            await messages.send_all(batch)
-        except anyio.BrokenResourceError:
-            return
