@@ -89,7 +89,7 @@ def waited_too_long(
     own = asked_s is not None and asked_s < route.queue.wait_s_max
     return WaitedTooLongError(
         f"no slot came free for {route.deployment!r} ({ready} replicas ready, {route.starting} starting)",
-        where=f"the caller's own bound of {asked_s:g} s"
+        where=f"the caller's own bound of {asked_s:.3g} s"
         if own
         else f"queue.wait_s_max={route.queue.wait_s_max:g}",
         next_step="try again after retry_after_s; `snowdrop why` says what the deployment is doing",

@@ -13,6 +13,8 @@ from snowdrop.gateway.call import Call, CallerGoneError
 from snowdrop.wire.slots import WaitNews
 
 EVENT_STREAM = "text/event-stream"
+CALLER_GONE = 499
+"""nginx's status for a client that did not wait; nobody sees it."""
 LATE_BYTES_MAX = 1 << 20
 """An answer that comes as one event is held until it is whole, and is no larger than this."""
 _encode = msgspec.json.Encoder().encode
@@ -46,6 +48,10 @@ class HttpSink:
         if answer is None:
             raise AssertionError("asked for the answer before there was one")
         return answer
+
+    def abandoned(self) -> web.StreamResponse:
+        """What the handler returns when its client has gone: never a second head after one that went out."""
+        return self._answer or web.Response(status=CALLER_GONE)
 
     async def whole(self, status: int, headers: CIMultiDict[str], body: bytes) -> None:
         if self._early:

@@ -70,7 +70,7 @@ def _answer(deployment: DeploymentName, looked: Looked, headers: dict[str, str])
         "queued": looked.queued,
         "phase": looked.phase,
         "percent": looked.percent,
-        "expected_s": looked.expected_s,
+        "expected_s": None if looked.expected_s is None else round(looked.expected_s, 3),
     }
     if looked.error is not None:
         body["error"] = looked.error

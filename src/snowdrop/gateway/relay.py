@@ -76,7 +76,7 @@ class Relay:
         except SnowdropError as error:
             return error_response(error, request_id, extra)
         except CallerGoneError:
-            return web.Response(status=499)
+            return sink.abandoned()
         if self.draining:
             # The next request on this connection is for whoever takes over.
             sink.response.force_close()

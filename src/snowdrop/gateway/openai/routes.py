@@ -80,7 +80,7 @@ class OpenAiApi:
         except SnowdropError as error:
             return refusal(error, request_id, applied)
         except CallerGoneError:
-            return web.Response(status=499)
+            return sink.abandoned()
         return sink.response
 
     async def models(self, request: web.Request) -> web.StreamResponse:
