@@ -355,6 +355,22 @@ class TestPins:
             await bench.gone()
         assert bench.plane.released == ["rep-1"]
 
+    async def test_content_that_takes_long_to_find_holds_up_no_other_replicas_pins(self, bench: NodeBench) -> None:
+        async with bench.running():
+            first = await bench.start("rep-1")
+            second = await bench.start("rep-2")
+            bench.plane.ensured.clear()
+            bench.plane.gates[CODE] = gate = anyio.Event()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(bench.node.renew_pins, bench.plane)
+                with anyio.fail_after(10):
+                    while len(bench.plane.ensured) < 2:
+                        await anyio.lowlevel.checkpoint()
+                assert {holder for _, holder, _ in bench.plane.ensured} == {"rep-1", "rep-2"}
+                gate.set()
+            first.end(0)
+            second.end(0)
+
     async def test_a_replica_that_ends_meanwhile_keeps_no_pin(self, bench: NodeBench) -> None:
         async with bench.running():
             replica = await bench.start()

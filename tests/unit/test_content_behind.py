@@ -419,3 +419,24 @@ def test_large_pieces_of_a_directory_load_leave_for_the_disk_at_once(tmp_path: P
     model.landing.sync()
     model.assert_tree()
     model.area.close()
+
+
+def test_a_wrong_file_that_cannot_be_renamed_is_removed_from_the_tree(tmp_path: Path) -> None:
+    io = FullAt()
+    model = Model(tmp_path, io)
+    complete(model)
+    io.call, io.name = "replace", "m-1.safetensors"
+    index = next(i for i, entry in enumerate(model.manifest.files) if entry.path == "m-1.safetensors")
+    chunks = {extent.chunk for extent in model.manifest.files[index].extents}
+    model.landing.quarantine(max(chunks))
+    assert not (model.landing.tree / "m-1.safetensors").exists()
+    assert not chunks & set(model.landing.held_chunks()), "its other bytes went with it"
+    io.call = ""
+    write_all(model)
+    model.landing.sync()
+    assert model.landing.is_complete
+    model.assert_tree()
+    again = model.reopened(boot_id="another boot")
+    assert len(again.held_chunks()) == len(model.manifest.chunks)
+    again.close()
+    model.area.close()

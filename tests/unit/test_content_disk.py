@@ -1,4 +1,5 @@
 import secrets
+import threading
 from pathlib import Path
 
 import msgspec
@@ -116,4 +117,33 @@ def test_a_wrong_kept_manifest_is_replaced_when_the_artefact_is_used(tmp_path: P
     disk = opened(tmp_path / "cache")
     disk.open_landing(digest, manifest).sync()
     assert disk.cached_manifest(digest) == manifest
+    disk.close()
+
+
+def test_an_artefact_that_is_evicted_while_it_is_looked_for_is_not_made_anew(
+    tmp_path: Path, origin: MemoryOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = opened(tmp_path / "cache")
+    digest, _ = landed(disk, origin, write_model(tmp_path / "m"))
+    disk.close()
+    disk = opened(tmp_path / "cache")
+
+    def evict() -> None:
+        disk.forget(digest)
+        disk.evict(digest)
+
+    evicting = threading.Thread(target=evict)
+    read = DiskTier.cached_manifest
+
+    def slow(self: DiskTier, *given: object) -> Manifest | None:
+        found = read(self, *given)  # type: ignore[arg-type]
+        evicting.start()
+        evicting.join(0.2)
+        return found
+
+    monkeypatch.setattr(DiskTier, "cached_manifest", slow)
+    disk.known_landing(digest)
+    evicting.join(10)
+    assert list((tmp_path / "cache/artefacts").iterdir()) == []
+    assert disk.known_landing(digest) is None
     disk.close()

@@ -22,7 +22,7 @@ from snowdrop.content.progress import ProgressReader
 from snowdrop.content.siblings import AreaSiblings
 from snowdrop.content.slabs import SlabPool
 from snowdrop.content.store import ContentStore, Landed, open_store
-from snowdrop.domain.cancel import cancelled
+from snowdrop.domain.cancel import CANCEL_FLAG, cancelled
 from snowdrop.domain.errors import (
     ConflictError,
     IntegrityError,
@@ -873,3 +873,66 @@ async def test_a_cache_directory_serves_one_process(tmp_path: Path, monkeypatch:
     async with open_store(settings_for(tmp_path / "cache"), origin=CountingOrigin()):
         with pytest.raises(ConflictError):
             DiskTier(tmp_path / "cache", 1).open()
+
+
+async def test_a_wait_for_an_area_ends_when_its_holder_is_released(tmp_path: Path) -> None:
+    origin, source = Slow(), write_parts(tmp_path / "m")
+    digest = push(source, origin).artefact.manifest
+    ended: list[str] = []
+
+    async def wait(holder: str) -> None:
+        try:
+            await store.wait_filled(digest, holder)
+            ended.append(f"{holder} filled")
+        except ReadCancelledError:
+            ended.append(f"{holder} released")
+
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin) as store:
+        for holder in ("a", "b"):
+            landed = await store.ensure(DEFAULT_TENANT, digest, holder, map_tensors=True)
+            assert landed.wake is not None
+            landed.wake.close()
+        await origin.was_asked()
+        with anyio.fail_after(WAIT_S_MAX):
+            async with anyio.create_task_group() as tasks:
+                for holder in ("a", "b"):
+                    tasks.start_soon(wait, holder)
+                await anyio.wait_all_tasks_blocked()
+                store.release("a")
+                while not ended:
+                    await anyio.sleep(0.01)
+                assert ended == ["a released"]
+                origin.let_all()
+        assert ended == ["a released", "b filled"]
+
+
+async def test_a_read_past_a_full_disk_takes_no_thread_of_the_loop_and_ends_when_it_is_cancelled(
+    tmp_path: Path,
+) -> None:
+    origin, source = Slow(), write_parts(tmp_path / "m")
+    digest = push(source, origin).artefact.manifest
+    disk = DiskTier(tmp_path / "cache", 64 << 20, FullDisk(200_000))
+    given_up: list[bool] = []
+
+    def read_range(key: str, offset: int, into: memoryview) -> None:
+        flag = CANCEL_FLAG.get()
+        Slow.read_range(origin, key, offset, into)
+        given_up.append(flag is not None and flag.is_set())
+
+    async with open_store(settings_for(tmp_path / "cache"), origin=origin, disk=disk) as store:
+        await store.ensure(DEFAULT_TENANT, digest, "h", map_tensors=False, lazy=True)
+        artefact = store.parts.artefacts[digest]
+        artefact.has_room = False
+        origin.read_range = read_range  # type: ignore[method-assign]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(store.read_file, digest, 0, 1 << 20, 1000)
+            await origin.was_asked()
+            with anyio.fail_after(WAIT_S_MAX / 2):  # the store's own short calls come and go
+                while anyio.to_thread.current_default_thread_limiter().borrowed_tokens:
+                    await anyio.sleep(0.001)
+            tasks.cancel_scope.cancel()
+        origin.let_all()
+        with anyio.fail_after(WAIT_S_MAX):
+            while not given_up:
+                await anyio.sleep(0.01)
+    assert given_up == [True]

@@ -312,6 +312,26 @@ def test_a_hedge_that_loses_leaves_nothing_in_the_memory() -> None:
         assert it.origin.counts.hedges_won == 0
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [Fault(status=404), Fault(status=403), Fault(status=302, headers=("Location: /k",)), Fault(chunked=True)],
+    ids=["missing", "refused", "elsewhere", "chunked"],
+)
+def test_a_hedge_that_gets_no_bytes_ends_no_read_whose_first_answer_goes_on(answer: Fault) -> None:
+    gate = threading.Event()
+
+    def plan(asked: Asked) -> Fault | None:
+        if asked.index == 0:
+            return Fault(after=1000, gate=gate)
+        threading.Timer(0.2, gate.set).start()
+        return answer
+
+    with reading(plan, hedge=AT_ONCE, stall_s_max=20.0) as it:
+        assert it.read() == BODY[:MIB]
+        assert it.origin.counts.hedges == 1
+        assert len(it.server.asked) == 2
+
+
 def test_a_cancelled_load_ends_its_reads_at_once() -> None:
     flag = threading.Event()
 

@@ -18,7 +18,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from content_helpers import safetensors_bytes
+from content_helpers import framed, safetensors_bytes
 from snowdrop.domain.errors import CorruptContentError, InvalidInputError, NotFoundError, StorageFullError
 from snowdrop.weights import direct, files, load_directory, load_file, residency, safe_open
 from snowdrop.weights.devices.cpu import CpuDevice
@@ -156,6 +156,12 @@ class TestSafeOpen:
         safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
         with safe_open(tmp_path / "a.safetensors", "pt") as file:
             assert file.metadata() is None
+        data = framed(b'{"__metadata__":{},"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x")
+        (tmp_path / "b.safetensors").write_bytes(data)
+        with safetensors.safe_open(tmp_path / "b.safetensors", "pt") as theirs:
+            assert theirs.metadata() == {}
+        with safe_open(tmp_path / "b.safetensors", "pt") as file:
+            assert file.metadata() == {}
 
     @pytest.mark.parametrize(
         "index",

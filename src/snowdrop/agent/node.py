@@ -84,28 +84,34 @@ class Node:
             raise ProtocolError(message.error.message, where="control link", next_step=message.error.next_step)
 
     async def renew_pins(self, plane: DataPlane) -> None:
-        """A new data plane knows no pins: asks again for all that living replicas use."""
-        for runner in list(self._runners.values()):
-            order = runner.order
-            if runner.report.state is ReplicaState.MOUNTING:
-                continue  # its own requests fail or reach the new one
-            for artefact in (order.revision.code, *(bound.artefact for bound in order.revision.models)):
-                if runner.report.state in TERMINAL_STATES:
-                    break
-                try:
-                    # The pin is what counts: a replica that still needs bytes asks for its area itself.
-                    await plane.ensure(
-                        order.key.tenant,
-                        artefact.manifest,
-                        order.key.replica,
-                        map_tensors=False,
-                        lazy=artefact is not order.revision.code,
-                        key_domain=artefact.key_domain,
-                    )
-                except SnowdropError as error:
-                    log.warning("pins of %s: %s", order.key.replica, error)
+        """A new data plane knows no pins: asks again for all that living replicas use, all at once.
+
+        One whose content takes long to find holds up no other one, which might be evicted meanwhile.
+        """
+        async with anyio.create_task_group() as renewals:
+            for runner in list(self._runners.values()):
+                if runner.report.state is not ReplicaState.MOUNTING:  # its own requests fail or reach the new one
+                    renewals.start_soon(self._renew_pins_of, runner, plane)
+
+    async def _renew_pins_of(self, runner: ReplicaRunner, plane: DataPlane) -> None:
+        order = runner.order
+        for artefact in (order.revision.code, *(bound.artefact for bound in order.revision.models)):
             if runner.report.state in TERMINAL_STATES:
-                await plane.release(order.key.replica)  # its own release may have come before the last pin
+                break
+            try:
+                # The pin is what counts: a replica that still needs bytes asks for its area itself.
+                await plane.ensure(
+                    order.key.tenant,
+                    artefact.manifest,
+                    order.key.replica,
+                    map_tensors=False,
+                    lazy=artefact is not order.revision.code,
+                    key_domain=artefact.key_domain,
+                )
+            except SnowdropError as error:
+                log.warning("pins of %s: %s", order.key.replica, error)
+        if runner.report.state in TERMINAL_STATES:
+            await plane.release(order.key.replica)  # its own release may have come before the last pin
 
     async def meter(self) -> None:
         """Records the time since the last record, for ever."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar, TypeVarTuple
 
 import anyio
 import anyio.to_thread
@@ -36,8 +37,12 @@ EAGER_BYTES_MAX = 16 << 20
 
 MANIFEST_GUESS_BYTES = 1 << 20
 """Most manifests are shorter, and come in one go."""
-MANIFEST_READS_MAX = 8
+ORIGIN_READS_MAX = 8
 """At once from the origin."""
+
+
+T = TypeVar("T")
+Given = TypeVarTuple("Given")
 
 
 class Artefact:
@@ -80,10 +85,12 @@ class Artefact:
         """Ends `more`; on the event loop."""
         self._more.set()
 
-    async def bring(self, engine: FetchEngine, chunks: list[int], place: Place, rank: int = URGENT) -> Ticket:
+    async def bring(
+        self, engine: FetchEngine, chunks: list[int], place: Place, rank: int = URGENT, holder: str = ""
+    ) -> Ticket:
         """Waits until `chunks` are in their place; raises why they never will be. Cancelling stops the reads."""
         done = anyio.Event()
-        ticket = Ticket(place, set(chunks), partial(self._call_soon, done.set), rank)
+        ticket = Ticket(place, set(chunks), partial(self._call_soon, done.set), rank, holder)
         with engine.lock:
             self.fill.open_ticket(ticket)
         engine.kick(self.fill)
@@ -173,13 +180,16 @@ class Keys(Keyring):
             return super().hasher(domain)
 
 
-class ManifestReader:
-    """Reads of the origin have threads of their own: one that does not answer holds up nothing that is here."""
+class OriginReads:
+    """Reads of manifests, and of what passes by the disk.
+
+    They have threads of their own: one that does not answer holds up nothing that is here.
+    """
 
     def __init__(self, disk: DiskTier, origin: Origin) -> None:
         self._disk = disk
         self._origin = origin
-        self._limiter = anyio.CapacityLimiter(MANIFEST_READS_MAX)
+        self._limiter = anyio.CapacityLimiter(ORIGIN_READS_MAX)
 
     async def read(self, digest: Digest, key_domain: str, hasher: Hasher) -> Manifest:
         """From the disk if it is there and right, else from the origin. A cancelled read ends.
@@ -189,18 +199,14 @@ class ManifestReader:
         cached = await anyio.to_thread.run_sync(self._disk.cached_manifest, digest, hasher)
         if cached is not None:
             return cached
+        return await self.in_thread(_manifest_at, self._origin, digest, key_domain, hasher)
+
+    async def in_thread(self, read: Callable[[*Given], T], *given: *Given) -> T:
+        """Runs a read of the origin in a thread; cancelled, it ends at the origin's next look up."""
         given_up = threading.Event()
         token = CANCEL_FLAG.set(given_up)
         try:
-            return await anyio.to_thread.run_sync(
-                _manifest_at,
-                self._origin,
-                digest,
-                key_domain,
-                hasher,
-                abandon_on_cancel=True,
-                limiter=self._limiter,
-            )
+            return await anyio.to_thread.run_sync(read, *given, abandon_on_cancel=True, limiter=self._limiter)
         finally:
             given_up.set()
             CANCEL_FLAG.reset(token)

@@ -223,8 +223,10 @@ class DiskTier:
         landing = self._landings.get(self._path(digest).name)
         if landing is not None:
             return landing
-        manifest = self.cached_manifest(digest) if self.has(digest) else None
-        return self.open_landing(digest, manifest) if manifest is not None else None
+        with self._opening:
+            # Under the lock: one that is being evicted is out of the books, and is not to be made anew.
+            manifest = self.cached_manifest(digest) if self.has(digest) else None
+            return self.open_landing(digest, manifest) if manifest is not None else None
 
     def scrub_times(self) -> dict[Digest, float]:
         """When each artefact on this disk was last read through, in seconds since the epoch; 0 is never.

@@ -120,6 +120,8 @@ class Fill:
             reader = self.readers.pop(holder, None)
             if reader is not None:
                 reader.end()
+        for ticket in [ticket for ticket in self._tickets if ticket.holder == holder]:
+            self._end(ticket, ReadCancelledError("released while it was waited for", where=holder))
         if not self.readers:
             self._order.forget()
             for ticket in (ticket for ticket in self._tickets if ticket.place == "landing"):

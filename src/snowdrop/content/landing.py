@@ -127,7 +127,7 @@ class Landing:
 
     def held_chunks(self) -> list[int]:
         """The chunks that are claimed to be on disk, ascending."""
-        return [chunk for chunk in range(len(self._places)) if self.holds(chunk)]
+        return list(filter(self.holds, range(len(self._places))))
 
     def confirm(self, chunk: int, data: memoryview) -> None:
         """The chunk was read from here and `data` is what it must be.
@@ -281,22 +281,25 @@ class Landing:
             for index in self._files_of(chunk):
                 self._left[index] += -1 if verified else 1
 
-    def _unsettle(self, chunk: int) -> None:
+    def _forget(self, chunk: int) -> None:
         self._count(chunk, verified=False)
         self._durable[chunk] = self._written[chunk] = 0
         self._is_map_dirty = True
         if self._behind is not None:
             self._behind.reopen(chunk)
+
+    def _unsettle(self, chunk: int) -> None:
+        self._forget(chunk)
         for index in self._files_of(chunk):
-            self._tree.hide(index)
+            for other in () if self._tree.hide(index) else self._chunks_of[index]:
+                self._forget(other)
 
     def _mend(self, place: FilePlace, data: memoryview) -> bool:
         """Makes sure that a place that may be unproven holds `data`; returns whether it had to be written."""
         with self._lock:
             if self._tree.is_complete[place.file]:
                 return False
-        found = memoryview(bytearray(place.length))
-        if self._files.read(place, found) and found == data:
+        if self._files.read(place, found := memoryview(bytearray(place.length))) and found == data:
             return False
         self._files.write(place, data)
         with self._lock:
@@ -329,8 +332,7 @@ class Landing:
         return next((place for place in whole if self._tree.is_complete[place.file]), whole[0] if whole else None)
 
     def _place_to_read(self, chunk: int) -> FilePlace:
-        place = self._whole(chunk)
-        if place is None:
+        if (place := self._whole(chunk)) is None:
             raise IntegrityError("chunk lies nowhere in one piece", where=f"{self.directory}: chunk {chunk}")
         return place
 

@@ -91,13 +91,25 @@ class LandingTree:
         self._move(source, self.tree / self._manifest.files[index].path)
         self.is_complete[index] = True
 
-    def hide(self, index: int) -> None:
+    def hide(self, index: int) -> bool:
+        """Takes a file out of the tree: false if that cost its bytes, as it could only be removed."""
         if not self.is_complete[index]:
-            return
-        path = self._manifest.files[index].path
-        self._move(self.path(index), self._partial / path)
+            return True
+        entry = self._manifest.files[index]
+        inside, outside = self.tree / entry.path, self._partial / entry.path
+        self._proven.pop(entry.path, None)
+        try:
+            self._move(inside, outside)
+        except OSError:
+            # Better no file than one that is wrong: whoever opens it now must not find it.
+            self._io.unlink(inside)
+            self.is_complete[index] = False
+            self._unsynced.add(inside.parent)
+            self._io.create(outside, entry.size, (entry.mode & MODE_MASK) | 0o600)
+            self._unsynced.add(outside.parent)
+            return False
         self.is_complete[index] = False
-        self._proven.pop(path, None)
+        return True
 
     def keep_manifest(self) -> None:
         """Makes sure of the manifest beside the files; durable with the directories."""

@@ -26,6 +26,8 @@ class Ticket:
     remaining: set[int]
     on_end: Callable[[], None]
     rank: int = URGENT
+    holder: str = ""
+    """For whom the area is waited for: the wait ends when it no longer reads."""
     error: SnowdropError | None = None
     given: Counter[Tier] = field(default_factory=Counter)
     """Bytes by tier that were read for this ticket and no earlier one."""

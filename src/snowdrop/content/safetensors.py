@@ -36,7 +36,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
     data_offset: int
     tensors: tuple[TensorEntry, ...]
-    metadata: dict[str, str]
+    metadata: dict[str, str] | None
 
 
 class _DuplicateKeyError(ValueError):
@@ -109,7 +109,7 @@ def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return table
 
 
-def _decode(raw: bytes, where: str) -> tuple[dict[str, object], dict[str, str]]:
+def _decode(raw: bytes, where: str) -> tuple[dict[str, object], dict[str, str] | None]:
     # A manifest could not hold more, and without a bound a header would be decoded into twenty times its size.
     brackets, commas = raw.count(b"[") + raw.count(b"{"), raw.count(b",")
     if brackets > BRACKETS_MAX or commas > COMMAS_MAX:
@@ -124,7 +124,9 @@ def _decode(raw: bytes, where: str) -> tuple[dict[str, object], dict[str, str]]:
     if not isinstance(decoded, dict):
         raise _corrupt("header is not a JSON object", where)
     table = cast("dict[str, object]", decoded)
-    metadata = table.pop("__metadata__", {})
+    if "__metadata__" not in table:
+        return table, None
+    metadata = table.pop("__metadata__")
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _corrupt("__metadata__ is not a map of strings", where)
     return table, cast("dict[str, str]", metadata)

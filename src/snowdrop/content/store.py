@@ -21,7 +21,7 @@ import msgspec
 
 from snowdrop.content.area import Area, RamTier
 from snowdrop.content.areas import Areas
-from snowdrop.content.artefact import Artefact, Keys, ManifestReader
+from snowdrop.content.artefact import Artefact, Keys, OriginReads
 from snowdrop.content.completing import Completer
 from snowdrop.content.disk import DiskTier
 from snowdrop.content.fetch import FetchEngine
@@ -84,7 +84,7 @@ class ContentStore:
         self._disk = disk
         self._engine = engine
         self._keys = keys
-        self._manifests = ManifestReader(disk, origin)
+        self._reads = OriginReads(disk, origin)
         self._completer = Completer(engine)
         self._readers = Readers(engine)
         self._pins = Pins()
@@ -161,7 +161,7 @@ class ContentStore:
             raise NotFoundError("this holder has no landing area of the artefact", where=digest)
         chunks = list(artefact.layout.places)
         if not reader.is_lazy:
-            await artefact.bring(self._engine, chunks, "area")
+            await artefact.bring(self._engine, chunks, "area", holder=holder)
         sizes = artefact.manifest.chunks
         total = 0 if reader.is_lazy else sum(sizes[chunk].plain_bytes for chunk in chunks)
         # What others have brought, or what was there before, came from memory as far as this holder goes.
@@ -223,7 +223,7 @@ class ContentStore:
                     return None
                 except StorageFullError:
                     pass  # degrades to passing through
-            return await anyio.to_thread.run_sync(artefact.read_through, file, offset, length)
+            return await self._reads.in_thread(artefact.read_through, file, offset, length)
 
     def release(self, holder: str) -> None:
         """Gives up everything that `holder` has: none of its processes maps an area any more."""
@@ -306,7 +306,7 @@ class ContentStore:
         artefact = self._artefacts.get(digest)
         if artefact is None:
             hasher = await anyio.to_thread.run_sync(self._keys.hasher, key_domain)
-            manifest = await self._manifests.read(digest, key_domain, hasher)
+            manifest = await self._reads.read(digest, key_domain, hasher)
             artefact = self._artefacts.setdefault(digest, Artefact(digest, manifest, self._origin, hasher))
         if artefact.manifest.key_domain != key_domain:
             raise NotFoundError(f"the key domain {key_domain} has no such artefact", where=digest)

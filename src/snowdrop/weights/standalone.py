@@ -111,9 +111,9 @@ class safe_open:  # noqa: N801 -- the name that it stands in for
         return list(self._tensors)
 
     def metadata(self) -> dict[str, str] | None:
-        """The header's free text, None if there is none."""
+        """The header's free text, None if the header has no place for it."""
         self._opened()
-        return dict(self._metadata) or None
+        return None if self._metadata is None else dict(self._metadata)
 
     def get_tensor(self, name: str) -> Any:
         """One tensor. Raises NotFoundError."""

@@ -15,7 +15,14 @@ from typing import NamedTuple
 import msgspec
 
 from snowdrop.content.origin.connection import Pool
-from snowdrop.content.origin.exchange import Exchange, FailedError
+from snowdrop.content.origin.exchange import (
+    Exchange,
+    FailedError,
+    RedirectedError,
+    RefusedError,
+    TooShortError,
+    UnusableError,
+)
 from snowdrop.content.origin.recent import ReadRecord
 from snowdrop.content.origin.target import Located
 from snowdrop.domain.cancel import cancelled
@@ -33,6 +40,9 @@ class RaceLimits(msgspec.Struct, frozen=True, kw_only=True):
     head_s_max: float = 30.0
     stall_s_max: float = 15.0
     hedge: HedgeLimits = HedgeLimits()
+
+
+_LaneError = FailedError | RedirectedError | RefusedError | TooShortError | UnusableError
 
 
 class CancelledReadError(Exception):
@@ -120,7 +130,7 @@ class Race:
                     exchange.receive(time.monotonic(), look_s)
                 else:
                     exchange.step(time.monotonic())
-            except FailedError as error:
+            except (FailedError, RedirectedError, RefusedError, TooShortError, UnusableError) as error:
                 self._lost(lane, error)
         now_s = time.monotonic()
         for lane in list(self._lanes):
@@ -142,13 +152,14 @@ class Race:
             if lane.exchange.connection.fileno() in ready or lane.exchange.connection.pending()
         ]
 
-    def _lost(self, lane: _Lane, error: FailedError) -> None:
-        """Drops a lane that failed; raises if no other one goes on."""
+    def _lost(self, lane: _Lane, error: _LaneError) -> None:
+        """Drops a lane that failed, or that got another answer than bytes; raises if no other one goes on."""
         self._lanes.remove(lane)
         self._leave(lane.exchange)
         if lane.scratch is None:
             self.moved = max(self.moved, lane.exchange.done)
-        if error.kind == "reset" and not lane.exchange.connection.fresh and not lane.exchange.answered:
+        is_reset = isinstance(error, FailedError) and error.kind == "reset"
+        if is_reset and not lane.exchange.connection.fresh and not lane.exchange.answered:
             # The server had closed it while it was idle: that says nothing of the server.
             self._enter(lane.base, lane.scratch, fresh=True)
         elif not self._lanes:
