@@ -45,6 +45,13 @@ class Embed:
         """One vector of 384 numbers per text; the dot product of two is their cosine similarity."""
         return await anyio.to_thread.run_sync(self.compute, texts)
 
+    @sd.endpoint("/v1/embeddings")
+    async def embeddings(self, request: sd.EmbeddingRequest) -> sd.Embeddings:
+        """The same for OpenAI's clients, who name the deployment as `model`."""
+        vectors = await anyio.to_thread.run_sync(self.compute, request.texts)
+        counts = [sum(each.attention_mask) for each in self.tokenizer.encode_batch(request.texts)]
+        return sd.Embeddings(vectors=vectors, prompt_tokens=sum(counts))
+
     def compute(self, texts: list[str]) -> list[list[float]]:
         if not texts:
             return []

@@ -39,6 +39,7 @@ def main() -> int:
     params.n_gpu_layers = given.gpu_layers
     params.use_jinja = True
     params.ui = False
+    params.verbosity = 2  # warnings; its lines of each request say nothing that the platform does not count
     params.endpoint_slots = False
     params.cache_ram_mib = 0  # beside the sandbox's memory limit a prompt cache of 8 GiB makes no sense
     ended = threading.Event()
