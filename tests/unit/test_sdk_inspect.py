@@ -87,3 +87,22 @@ def test_a_file_that_ends_the_process_is_told_from_one_that_hangs(tmp_path: Path
     pid = int((tmp_path / "pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ('web = sd.command(["serve", "{port}"], openai=True)', "command"),
+        ("async def app(scope, receive, send): ...\nweb = sd.asgi(app)", "asgi"),
+    ],
+)
+def test_a_variable_may_be_the_service(tmp_path: Path, line: str, kind: str) -> None:
+    file = tmp_path / "served.py"
+    file.write_text(f"import snowdrop as sd\n{line}\n")
+    spec = describe_service(file, None)
+    assert (spec.class_name, spec.entry) == ("web", "served:web")
+    assert getattr(spec, kind) is not None
+    assert describe_service(file, "web") == spec
+    file.write_text(f"import snowdrop as sd\n{line}\nother = web\nthird = sd.command(['x', '{{port}}'])\n")
+    with pytest.raises(InvalidInputError, match="several services: other, third, web"):
+        describe_service(file, None)
