@@ -38,6 +38,18 @@ async def test_a_deployment_through_every_command(platform: Platform, tmp_path: 
     assert "import" in waterfall
     assert "unaccounted" in waterfall
     assert platform.run("scale", "tour", "--max", "2", "--idle-s", "60")["max"] == 2
+    bounded = platform.run("scale", "tour", "--schedule", "0 8 * * mon-fri for 10h min=1 tz=Europe/Berlin")
+    assert bounded["schedules"][0]["timezone"] == "Europe/Berlin"
+    assert platform.run("scale", "tour", "--schedule", "")["schedules"] == []
+    wait_until(lambda: platform.run("why", "tour", "--since", "1h")["history"], "its decisions are stored")
+    why = platform.run("why", "tour")
+    assert why["now"]["signals"]["start_s"] > 0, "the start-up time is learned"
+    assert why["now"]["decision"]["reason"]
+    assert any(other["desired"] != why["now"]["decision"]["desired"] for other in why["alternatives"])
+    wait_until(lambda: platform.run("why", "tour")["waits"], "the request that waited is kept")
+    waited = platform.run("why", "tour")["waits"][0]["request_id"]
+    assert "no replica was ready" in text(platform, "why", "tour", "--request", waited)
+    assert "what would change it" in text(platform, "why", "tour")
     wait_until(lambda: text(platform, "usage").count("tour"), "usage is shown")
     assert platform.run("delete", "tour")["gone"] is True
     assert platform.run("model", "rm", "tiny") == {"removed": "tiny"}

@@ -24,6 +24,7 @@ class Run:
         starting: int = 0,
         peak: int | None = None,
         queued: int = 0,
+        **learned: float,
     ) -> AutoscaleDecision:
         seen = AutoscaleInput(
             in_flight=load,
@@ -33,6 +34,7 @@ class Run:
             starting=starting,
             concurrency=self.concurrency,
             scale=self.scale,
+            **learned,
         )
         self.state, decision = decide(self.state, seen, now_s)
         return decision
@@ -146,3 +148,30 @@ def test_buckets_stay_bounded_however_often_it_is_called() -> None:
     for i in range(4_300):
         run.at(i * 0.9, 3, ready=1)
     assert len(run.state.windows.buckets) <= 4_000
+
+
+def test_a_queue_that_does_not_empty_gets_another_replica_whatever_was_predicted() -> None:
+    run = Run(scale(max=4, target=1.0), concurrency=2)
+    wrong = {"start_s": 2.0, "service_s": 0.01}
+    assert run.at(0.0, 2, ready=1, queued=3, **wrong).desired == 1, "three are taken long before another is ready"
+    assert run.at(4.0, 2, ready=1, queued=3, **wrong).desired == 1
+    assert run.at(5.5, 2, ready=1, queued=3, **wrong).desired == 2
+    assert run.at(6.0, 2, ready=1, starting=1, queued=3, **wrong).desired == 2, "one at a time"
+    assert run.at(8.0, 4, ready=2, queued=1, **wrong).desired == 3
+    run.at(9.0, 4, ready=2, queued=0, **wrong)
+    assert run.at(10.0, 4, ready=2, queued=1, **wrong).desired <= 3, "it was empty meanwhile"
+
+
+def test_what_will_have_drained_when_a_replica_could_be_ready_starts_none() -> None:
+    run = Run(scale(max=10, target=1.0), concurrency=4)
+    known = {"start_s": 30.0, "service_s": 0.2}
+    assert run.at(0.0, 4, ready=1, queued=400, **known).desired == 1, "600 are taken in 30 s"
+    assert run.at(0.1, 4, ready=1, queued=4_000, **known).desired > 1
+
+
+def test_one_scales_down_only_when_both_windows_agree() -> None:
+    run = Run(Scale(max=10, target=1.0, stable_window_s=60.0, panic_window_s=6.0, idle_s=300.0), concurrency=4)
+    for second in range(120):
+        run.at(float(second), 0, ready=4, peak=1)
+    busy = [run.at(120.0 + second, 16, ready=4) for second in range(12)]
+    assert {decision.desired for decision in busy[7:]} == {4}, "the long window alone would ask for fewer"

@@ -81,6 +81,8 @@ async def test_a_start_far_slower_than_learned_breeds_no_replica() -> None:
     world.start_s = lambda: 90.0
     for number in range(60):
         world.request(after_s=number / 60)
+    for number in range(75):
+        world.request(after_s=2.0 + number)
     world.run(80.0)
     assert 1 <= len(world.started) <= 4
     assert all(served.ended_s is None and not served.denied for served in world.requests)
