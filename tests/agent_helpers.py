@@ -265,6 +265,7 @@ class Bench:
             sockets=folder / "s",
             calls=folder / "c",
             logs=folder / "logs",
+            volumes=folder / "volumes",
             settings=AgentSettings(**settings),
             on_change=self._changed,
         )

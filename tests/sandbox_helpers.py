@@ -121,6 +121,7 @@ async def start(
     mounts: tuple[Mount, ...] = (),
     descriptors: tuple[Descriptor, ...] = (),
     env: dict[str, str] | None = None,
+    uid: int | None = None,
     bare: bool = True,
 ) -> Running:
     """Starts `code`. `bare` leaves out site-packages."""
@@ -135,6 +136,7 @@ async def start(
                 descriptors=descriptors,
                 resources=resources or ResourceSpec(memory_bytes_max=512 << 20, pids_max=64),
                 env=env or {},
+                uid=uid,
             )
         )
     except BaseException:

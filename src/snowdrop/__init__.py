@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from snowdrop.sdk.api import RolloutStep as RolloutStep
     from snowdrop.sdk.api import Scale as Scale
     from snowdrop.sdk.api import Schedule as Schedule
+    from snowdrop.sdk.api import Volume as Volume
     from snowdrop.sdk.api import asgi as asgi
     from snowdrop.sdk.api import cancelled as cancelled
     from snowdrop.sdk.api import command as command
@@ -59,6 +60,7 @@ _SDK_NAMES = frozenset(
         "Scale",
         "Schedule",
         "asgi",
+        "Volume",
         "cancelled",
         "command",
         "endpoint",

@@ -164,6 +164,7 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
     from snowdrop.control.recorder import Recorder
     from snowdrop.control.secrets import Secrets
     from snowdrop.control.tasks.assembly import ControlTasks
+    from snowdrop.control.volumes import Volumes
     from snowdrop.state.sqlite import SqliteState
     from snowdrop.telemetry.metrics import metrics_route, process_registry
     from snowdrop.wire.http import serving_unix
@@ -180,6 +181,7 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
         metrics = ControlMetrics(registry, loop.world)
         loop.replica_changed, peers.caller_served = metrics.replica_changed, metrics.caller_served
         loop.secrets = await Secrets.open(state, layout.secret_keys, loop.world)
+        loop.volumes = Volumes(layout.volumes, settings.agent, loop.world)
         durable = ControlTasks(
             loop, peers, settings, registry, files=layout.tasks, webhook_keys=layout.keys / "webhooks"
         )

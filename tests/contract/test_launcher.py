@@ -6,12 +6,13 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import anyio
 import pytest
 
-from sandbox_helpers import Setup, alive, leftover_groups, limits, make_setup, run, start, swept
+from sandbox_helpers import NOBODY, Setup, alive, leftover_groups, limits, make_setup, run, start, swept
 from snowdrop.agent.sandbox.launcher import LIFECYCLE, Descriptor, LaunchSpec, Mount, Output, fd_argument
 from snowdrop.agent.sandbox.limits import Resource
 from snowdrop.domain.errors import SandboxError
@@ -87,6 +88,37 @@ class TestLauncher:
         code = "import sys; print(open(sys.argv[1]+'/x').read())"
         _, output = await run(setup, code, setup.launcher.visible_path(mount), mounts=(mount,))
         assert output == "content\n"
+
+    async def test_volumes_are_written_by_their_user_alone_and_read_only_ones_by_nobody(
+        self, setup: Setup, tmp_path: Path
+    ) -> None:
+        """As the agent gives them: by open descriptors, below a folder that nobody else may enter."""
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0o700)
+        uid = 765_432 if setup.name == "root" else None
+        owner = uid or (NOBODY if setup.name == "rootless" and os.geteuid() == 0 else os.geteuid())
+        os.chown(closed, os.geteuid() if uid else owner, -1)
+        for path in tmp_path, *tmp_path.parents:
+            if path.is_relative_to(tmp_path.parents[1]):
+                path.chmod(0o755)
+        mounts = []
+        code = "import os, sys\nfor path in sys.argv[1:3]:\n try: open(path + '/new', 'w'); print('wrote')\n"
+        code += " except OSError as error: print(type(error).__name__)\nprint(os.path.exists(sys.argv[3]))"
+        with ExitStack() as undo:
+            for name, read_only in (("mine", False), ("theirs", True)):
+                folder = closed / name
+                folder.mkdir(mode=0o700)
+                os.chown(folder, owner, -1)
+                fd = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+                undo.callback(os.close, fd)
+                mounts.append(Mount(source=fd, target=f"/data/{name}", read_only=read_only))
+            paths = [setup.launcher.visible_path(mount) for mount in mounts]
+            arguments = (*paths, str(closed))
+            status, output = await run(setup, code, *arguments, mounts=tuple(mounts), uid=uid)
+        assert status.code == 0, output
+        expected = ["wrote", "OSError", "False"] if setup.name != "plain" else ["wrote", "wrote", "True"]
+        assert output.split() == expected
+        assert (closed / "mine" / "new").stat().st_uid == owner
 
     async def test_kill_ends_all_descendants(self, setup: Setup) -> None:
         code = "import os,time\nif os.fork(): print('up')\ntime.sleep(600)"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e_platform import SNOWDROP, Platform, session, wait_until
+from e2e_platform import SNOWDROP, CommandError, Platform, session, short_folder, wait_until
 from snowdrop.domain.secret import SECRETS_FOLDER
 
 pytestmark = [pytest.mark.anyio, pytest.mark.e2e]
@@ -106,3 +106,63 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
+
+
+VOLUMES = """
+import os, pathlib
+import snowdrop as sd
+
+@sd.service(scale=sd.Scale(min=2, max=2), concurrency=1, park_s_max=0.0,
+            volumes=[sd.Volume(target="/data/mine", name="cache"),
+                     sd.Volume(target="/data/same", name="cache", read_only=True),
+                     sd.Volume(target="/sets", host={host!r}, read_only=True)],
+            resources=sd.ResourceSpec(memory_bytes_max=256 << 20))
+class Keeper:
+    @sd.endpoint("/keep")
+    def keep(self, text: str) -> dict[str, object]:
+        with open("/data/mine/log", "a") as log:
+            log.write(text)
+        refused = []
+        for path in ("/data/same/x", "/sets/x"):
+            try:
+                pathlib.Path(path).write_text("x")
+            except OSError:
+                refused.append(path)
+        return {{"log": pathlib.Path("/data/same/log").read_text(), "refused": refused,
+                "sets": os.listdir("/sets"), "seen": sorted(os.listdir("/data")),
+                "where": os.environ["SNOWDROP_VOLUME_DATA_MINE"]}}
+"""
+
+
+async def test_volumes_outlive_and_are_shared_by_replicas(tmp_path: Path) -> None:
+    shared = tmp_path / "sets"
+    shared.mkdir()
+    (shared / "a.txt").write_text("a")
+    for path in (shared, *shared.parents):
+        if path.is_relative_to(shared.parents[2]):
+            path.chmod(0o755)
+    (tmp_path / "service.py").write_text(VOLUMES.format(host=str(shared)))
+    target = str(tmp_path / "service.py")
+    with short_folder() as state:
+        state.joinpath("config.toml").write_text(f'[agent]\nvolumes_read_only = "{shared}"\n')
+        with Platform(state) as platform:
+            with pytest.raises(CommandError) as refused:
+                platform.run("deploy", target, "--name", "keeper")
+            assert "snowdrop volume create cache" in refused.value.error["next_step"]
+            platform.run("volume", "create", "cache")
+            platform.run("deploy", target, "--name", "keeper")
+            wait_until(lambda: platform.view("keeper")["ready"] == 2, "two replicas are ready")
+            async with session() as http:
+                for text, log in (("a", "a"), ("b", "ab"), ("c", "abc"), ("d", "abcd")):
+                    async with http.post(f"{platform.url}/keeper/keep", json={"text": text}) as answer:
+                        told = await answer.json()
+                    assert told["log"] == log
+                    assert told["refused"] == ["/data/same/x", "/sets/x"]
+                    assert (told["sets"], told["seen"]) == (["a.txt"], ["mine", "same"])
+            with pytest.raises(CommandError) as used:
+                platform.run("volume", "rm", "cache")
+            assert "used by keeper" in used.value.error["message"]
+            platform.run("delete", "keeper")
+            (view,) = platform.run("volume", "ls")
+            assert (view["files"], view["used_by"]) == (1, [])
+            platform.run("volume", "rm", "cache")

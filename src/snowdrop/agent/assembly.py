@@ -78,6 +78,7 @@ async def run_agent(
         sockets=layout.sockets,
         calls=layout.calls,
         logs=layout.replica_logs,
+        volumes=layout.volumes,
         settings=agent,
         on_change=node.on_change,
         tracing=tracing,

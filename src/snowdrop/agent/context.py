@@ -30,6 +30,7 @@ class NodeContext(msgspec.Struct, frozen=True, kw_only=True):
     sockets: Path
     calls: Path
     logs: Path
+    volumes: Path
     settings: AgentSettings
     on_change: Callable[[ReplicaReport], None]
     tracing: Tracing = NoTracing()

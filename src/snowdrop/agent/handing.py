@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
+from collections.abc import Mapping
+from pathlib import Path
 
 import anyio
 import msgspec
@@ -11,6 +14,7 @@ from snowdrop.agent.context import NodeContext
 from snowdrop.agent.dataplane.client import EnsuredContent
 from snowdrop.agent.logs import LogLimits, LogSink
 from snowdrop.agent.mounts import ModelMounts
+from snowdrop.agent.sandbox.launcher import CODE_TARGET, MODELS_TARGET, Mount
 from snowdrop.domain.deployment import BoundModel
 from snowdrop.domain.errors import ErrorBody, SnowdropError
 from snowdrop.domain.manifest import ArtefactRef
@@ -19,6 +23,8 @@ from snowdrop.domain.replica import ReplicaKey
 from snowdrop.domain.secret import Redactor
 from snowdrop.wire.control import StartReplica
 from snowdrop.wire.replica import ModelHandle, SlabHandle
+
+LISTEN_BACKLOG = 1024
 
 log = logging.getLogger("snowdrop.agent")
 
@@ -97,6 +103,28 @@ async def either(one: anyio.Event, other: anyio.Event) -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait, one)
         tasks.start_soon(wait, other)
+
+
+def content_mounts(code: EnsuredContent | None, models: Mapping[str, EnsuredContent]) -> tuple[Mount, ...]:
+    """A revision's code and models as its replica sees them."""
+    first = () if code is None else (Mount(source=code.directory, target=CODE_TARGET),)
+    return (
+        *first,
+        *(Mount(source=each.directory, target=f"{MODELS_TARGET}/{name}") for name, each in models.items()),
+    )
+
+
+def listen_at(path: Path) -> socket.socket:
+    """The socket that gateways connect to. The replica gets it open, so it needs no writable folder."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(path))
+        listener.listen(LISTEN_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def open_log(order: StartReplica, context: NodeContext) -> LogSink:

@@ -17,7 +17,17 @@ import msgspec
 
 from snowdrop.agent.context import NodeContext
 from snowdrop.agent.dataplane.client import EnsuredContent
-from snowdrop.agent.handing import Landed, either, is_lazy, model_handle, open_log, wants_tensors, with_all_files
+from snowdrop.agent.handing import (
+    Landed,
+    content_mounts,
+    either,
+    is_lazy,
+    listen_at,
+    model_handle,
+    open_log,
+    wants_tensors,
+    with_all_files,
+)
 from snowdrop.agent.logs import LogSink
 from snowdrop.agent.sandbox.launcher import (
     CODE_TARGET,
@@ -31,6 +41,7 @@ from snowdrop.agent.sandbox.launcher import (
     SandboxHandle,
     replica_entry,
 )
+from snowdrop.agent.volumes import opened
 from snowdrop.domain.deployment import BoundModel
 from snowdrop.domain.errors import (
     ErrorBody,
@@ -54,7 +65,6 @@ from snowdrop.wire.replica import (
     ModelRenewed,
 )
 
-LISTEN_BACKLOG = 1024
 LAST_WORDS_S_MAX = 1.0
 """How long after its process is gone a replica's last messages may take to be read."""
 CLOSE_S_MAX = 10.0
@@ -78,6 +88,7 @@ class Sandboxed:
         self._listener: socket.socket | None = None
         self._channel: PacketChannel[FromReplica] | None = None
         self._log: LogSink | None = None
+        self._volumes_env: dict[str, str] = {}
         self._handle: SandboxHandle | None = None
         self._heard_all = anyio.Event()
         self._kill_wanted = False
@@ -101,22 +112,25 @@ class Sandboxed:
         key, spec = self._order.key, self._order.revision.spec
         try:
             self._log = open_log(self._order, self._context)
-            self._listener = self._listen()
+            self._listener = listen_at(self._context.socket_path(key))
         except OSError as error:
             raise SandboxError(f"cannot prepare the replica: {error}", where=str(error.filename)) from error
         ours, theirs = packet_pair()
         self._channel = PacketChannel(ours, FROM_REPLICA)
         try:
-            self._handle = await self._context.launcher.launch(
-                LaunchSpec(
-                    replica=key.replica,
-                    entry=replica_entry(self._context.python),
-                    output=Output(stdout_fd=self._log.stdout_fd, stderr_fd=self._log.stderr_fd),
-                    mounts=self._mounts(),
-                    descriptors=(Descriptor(role=LIFECYCLE, fd=theirs.fileno()),),
-                    resources=spec.resources,
+            with opened(spec.volumes, key.tenant, self._context.volumes, self._context.settings) as volumes:
+                self._volumes_env = volumes.variables(spec.volumes, self._context.launcher.visible_path)
+                self._handle = await self._context.launcher.launch(
+                    LaunchSpec(
+                        replica=key.replica,
+                        entry=replica_entry(self._context.python),
+                        output=Output(stdout_fd=self._log.stdout_fd, stderr_fd=self._log.stderr_fd),
+                        mounts=(*content_mounts(self._code, self._models), *volumes.mounts),
+                        descriptors=(Descriptor(role=LIFECYCLE, fd=theirs.fileno()),),
+                        resources=spec.resources,
+                        uid=volumes.uid,
+                    )
                 )
-            )
         finally:
             theirs.close()
             self._log.close_writers()
@@ -288,27 +302,6 @@ class Sandboxed:
         finally:
             self._log.close()
 
-    def _listen(self) -> socket.socket:
-        """The socket that gateways connect to. The replica gets it open, so it needs no writable folder."""
-        path = self._context.socket_path(self._order.key)
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(str(path))
-            listener.listen(LISTEN_BACKLOG)
-        except OSError:
-            listener.close()
-            raise
-        return listener
-
-    def _mounts(self) -> tuple[Mount, ...]:
-        code = [] if self._code is None else [Mount(source=self._code.directory, target=CODE_TARGET)]
-        models = [
-            Mount(source=content.directory, target=f"{MODELS_TARGET}/{name}")
-            for name, content in self._models.items()
-        ]
-        return tuple(code + models)
-
     async def _send_boot(self) -> None:
         if self._listener is None or self._channel is None or self._code is None:
             raise SandboxError("not prepared", where=str(self._order.key.replica))
@@ -327,7 +320,7 @@ class Sandboxed:
             spec=revision.spec,
             code_directory=visible(Mount(source=self._code.directory, target=CODE_TARGET)),
             models=tuple(handles),
-            env=revision.spec.env,
+            env=self._volumes_env | revision.spec.env,
             secrets=self._order.secrets,
             tracing=self._context.is_tracing,
         )

@@ -23,6 +23,7 @@ from snowdrop.cli import (
     secrets,
     store,
     tasks,
+    volumes,
     why,
 )
 from snowdrop.cli import run as run_model
@@ -83,6 +84,7 @@ app.add_typer(receipts.app, name="receipts")
 app.command()(receipts.usage)
 app.add_typer(keys.app, name="key")
 app.add_typer(secrets.app, name="secret")
+app.add_typer(volumes.app, name="volume")
 app.add_typer(gateway.app, name="gateway")
 app.add_typer(tasks.app, name="task")
 app.add_typer(batch.app, name="batch")

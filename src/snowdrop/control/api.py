@@ -17,6 +17,7 @@ from snowdrop.control.rollout_api import RolloutApi
 from snowdrop.control.secrets_api import SecretsApi
 from snowdrop.control.store_api import StoreApi, pass_to_agent
 from snowdrop.control.views import deployment_view, describe
+from snowdrop.control.volumes import VolumesApi
 from snowdrop.control.why_api import WhyApi
 from snowdrop.domain.errors import InvalidInputError, NotFoundError, SnowdropError
 from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, ModelName, ReceiptId, TenantId, parse_name
@@ -102,6 +103,7 @@ class Api:
                 web.get("/v1/deployments/{name}/logs", self._logs),
                 *RolloutApi(self._loop, self._deploying).routes(),
                 *WhyApi(self._loop).routes(),
+                *(VolumesApi(self._loop.volumes).routes() if self._loop.volumes is not None else ()),
                 *(SecretsApi(self._loop, self._loop.secrets).routes() if self._loop.secrets is not None else ()),
                 web.get("/v1/receipts", self._list_receipts),
                 web.get("/v1/receipts/{id}", self._get_receipt),

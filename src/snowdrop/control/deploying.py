@@ -147,6 +147,8 @@ class Deploying:
         )
         if self._loop.secrets is not None:
             await self._loop.secrets.check(tenant, body.spec.secrets)
+        if self._loop.volumes is not None:
+            await self._loop.volumes.check(tenant, body.spec.volumes)
         await self._roots.check_push(body.lease)
         await self._roots.publish_roots([revision.code, *(bound.artefact for bound in models)])
         await self._state.put_revision(revision)

@@ -16,6 +16,7 @@ from snowdrop.control.reconcile import Order, iterate, next_look_s
 from snowdrop.control.recorder import Recorder
 from snowdrop.control.routes import deployment_route
 from snowdrop.control.secrets import Secrets
+from snowdrop.control.volumes import Volumes
 from snowdrop.control.world import DeploymentEntry, DeploymentKey, ReplicaEntry, World
 from snowdrop.domain.deployment import Deployment
 from snowdrop.domain.errors import ConflictError, SnowdropError
@@ -49,6 +50,7 @@ class ControlLoop:
         self.recorder = recorder
         self.generation = 0
         self.secrets: Secrets | None = None
+        self.volumes: Volumes | None = None
         self.send_agent: Callable[[NodeId, Message], None] = lambda _node, _message: None
         self.gateway_left: Callable[[str], None] = lambda _gateway: None
         self.send_gateways: Callable[[Message], None] = lambda _message: None

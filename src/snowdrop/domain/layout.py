@@ -58,6 +58,11 @@ class StateLayout(msgspec.Struct, frozen=True):
         return self.root / "secret-keys"
 
     @property
+    def volumes(self) -> Path:
+        """Persistent volumes: a folder per tenant, whose owner may write them."""
+        return self.root / "volumes"
+
+    @property
     def ingest_index(self) -> Path:
         """What pushes from here know of the origin's chunks, and how far they came: only a cache."""
         return self.root / "ingest.db"

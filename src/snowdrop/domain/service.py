@@ -17,6 +17,7 @@ from snowdrop.domain.scale import Scale as Scale  # noqa: PLC0414 -- part of wha
 from snowdrop.domain.scale import Schedule as Schedule  # noqa: PLC0414
 from snowdrop.domain.secret import check_names
 from snowdrop.domain.servers import OPENAI_PATHS, AsgiSpec, CommandSpec, check_models, check_openai_paths
+from snowdrop.domain.volume import Volume, check_volumes
 
 SERVICE_ATTRIBUTE = "__snowdrop_service__"
 """Class attribute under which the decorator leaves the ServiceSpec."""
@@ -155,6 +156,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     rollout: RolloutSpec = RolloutSpec()
     park_s_max: float = 60.0
     secrets: dict[str, str] = msgspec.field(default_factory=dict)
+    volumes: tuple[Volume, ...] = ()
     env: dict[str, str] = msgspec.field(default_factory=dict)
     startup_name: str | None = None
     shutdown_name: str | None = None
@@ -175,6 +177,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
         require(0 < self.import_s_max <= 3_600, "import_s_max", "more than 0, at most 3,600 s")
         require(0 < self.drain_s_max <= 86_400, "drain_s_max", "more than 0, at most 86,400 s")
         check_names(self.secrets)
+        check_volumes(self.volumes)
         require(0 <= self.park_s_max <= 86_400, "park_s_max", "0 to 86,400 s")
         require(len(self.accelerator) > 0, "accelerator", 'at least one, for example ["cpu"]')
         for name in self.calls:

@@ -75,7 +75,9 @@ class ControlSettings(msgspec.Struct, frozen=True, kw_only=True):
 class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The node. Memory for replicas is what placement may promise; 0 means all but a tenth of the machine's.
 
-    `bwrap` is the path of bubblewrap; empty means the one that is installed with Snowdrop.
+    `volumes_read_only` and `volumes_writable` are directories of the host that services may mount, joined by
+    colons; what lies in them is shared with every tenant. `bwrap` is the path of bubblewrap; empty means the one
+    that is installed with Snowdrop.
     """
 
     node: NodeName = "node-0"
@@ -87,6 +89,8 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     unsafe_no_sandbox: bool = False
     bwrap: str = ""
     uid_base: Uid = 700_000
+    volumes_read_only: str = ""
+    volumes_writable: str = ""
     stop_s_max: Bound = 10.0
 
 

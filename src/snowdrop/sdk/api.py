@@ -41,6 +41,7 @@ from snowdrop.domain.service import (
     Scale,
     Schedule,
 )
+from snowdrop.domain.volume import Volume
 from snowdrop.sdk.ref import Ref, ref
 from snowdrop.sdk.schema import Mark, build_spec, check_path
 from snowdrop.sdk.servers import asgi, command
@@ -62,6 +63,7 @@ __all__ = [
     "RolloutStep",
     "Scale",
     "Schedule",
+    "Volume",
     "asgi",
     "cancelled",
     "command",
@@ -93,6 +95,7 @@ def service(
     rollout: Rollout | None = None,
     park_s_max: float | None = None,
     secrets: Mapping[str, str] | Sequence[str] | None = None,
+    volumes: Sequence[Volume] | None = None,
     calls: str | Sequence[str] | None = None,
 ) -> Callable[[C], C]:
     """Makes a class a service.
@@ -209,6 +212,7 @@ _WANTED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "rollout": (Rollout, "a rollout, as in `sd.Rollout(steps=(sd.RolloutStep(weight=0.1),))`"),
     "park_s_max": ((int, float), "seconds"),
     "secrets": (dict, "a dict of variable to secret, or a list of secrets"),
+    "volumes": (tuple, 'a list of volumes, as in `[sd.Volume(target="/data", name="cache")]`'),
     "calls": (tuple, "a name or a list of names"),
 }
 
@@ -258,6 +262,13 @@ def _check_types(options: Mapping[str, Any], models: Sequence[object]) -> None:
                 f"{text!r} is no text",
                 where="service(accelerator, calls, env, secrets)",
                 next_step="give names and values as str",
+            )
+    for each in options["volumes"] or ():
+        if not isinstance(each, Volume):
+            raise InvalidInputError(
+                f"{each!r} is no volume",
+                where="service(volumes)",
+                next_step='write `sd.Volume(target="/data", name="...")`',
             )
     for each in models:
         if not isinstance(each, Model):

@@ -167,6 +167,21 @@ class Rotated(msgspec.Struct, frozen=True, kw_only=True):
     removed: int
 
 
+class CreateVolume(msgspec.Struct, frozen=True, kw_only=True):
+    size_bytes_max: int = 0
+
+
+class VolumeView(msgspec.Struct, frozen=True, kw_only=True):
+    """A persistent volume as `volume ls` lists it. `used_bytes` are on the disk."""
+
+    name: str
+    created_unix_ns: int
+    size_bytes_max: int
+    used_bytes: int
+    files: int
+    used_by: tuple[DeploymentName, ...]
+
+
 class DeploymentView(msgspec.Struct, frozen=True, kw_only=True):
     """A deployment as `ps` shows it."""
 

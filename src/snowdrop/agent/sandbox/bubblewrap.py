@@ -165,7 +165,7 @@ class BubblewrapLauncher:
     async def launch(self, spec: LaunchSpec) -> BubblewrapSandbox:
         check_spec(spec)
         with ExitStack() as undo:
-            privileges = self._take_privileges(undo)
+            privileges = self._take_privileges(spec, undo)
             group = self._limits.create(spec.replica, spec.resources)
             undo.callback(group.close)
             monitor, info_fd, gate_fd = self._spawn(spec, privileges)
@@ -183,9 +183,11 @@ class BubblewrapLauncher:
                 monitor=monitor, init=init, group=group, undo=undo.pop_all(), describe=self.describe
             )
 
-    def _take_privileges(self, undo: ExitStack) -> Privileges:
+    def _take_privileges(self, spec: LaunchSpec, undo: ExitStack) -> Privileges:
         if self._rootless:
             return Privileges(drop_to=None)
+        if spec.uid is not None:
+            return Privileges(drop_to=spec.uid)
         uid = self._uids.take()
         undo.callback(self._uids.give_back, uid)
         return Privileges(drop_to=uid)

@@ -54,7 +54,8 @@ class LaunchSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that a launcher is told. In `entry`, `fd_argument(role)` stands for a descriptor's number inside.
 
     `env` is the platform's; a tenant's variables go into `Boot.env`, since these here are seen by the dynamic
-    loader before privileges are gone.
+    loader before privileges are gone. `uid` is the host user to run as where the launcher gives each replica one
+    of its own; None: any that is free.
     """
 
     replica: ReplicaId
@@ -64,6 +65,7 @@ class LaunchSpec(msgspec.Struct, frozen=True, kw_only=True):
     descriptors: tuple[Descriptor, ...] = ()
     resources: ResourceSpec = ResourceSpec()
     env: dict[str, str] = msgspec.field(default_factory=dict)
+    uid: int | None = None
 
 
 class ExitStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,145 @@
+"""Volumes: what may be mounted, by whom it can be written, and that nothing in use is removed."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from platform_helpers import KEY, deployment, revision
+from snowdrop.agent.volumes import VolumeMounts, opened
+from snowdrop.control.volumes import UID_SPAN, Volumes
+from snowdrop.control.world import DeploymentEntry, World
+from snowdrop.domain.errors import ConflictError, InvalidInputError, NotFoundError, StorageFullError
+from snowdrop.domain.ids import DEFAULT_TENANT, TenantId
+from snowdrop.domain.service import ServiceSpec
+from snowdrop.domain.settings import AgentSettings
+from snowdrop.domain.volume import Volume, is_shared, variable_of
+
+pytestmark = pytest.mark.anyio
+OTHER = TenantId("other")
+DATA = Volume(target="/data", name="cache")
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to other users")
+
+
+class Bench:
+    def __init__(self, folder: Path) -> None:
+        self.shared = folder / "shared"
+        self.shared.mkdir()
+        self.settings = AgentSettings(volumes_read_only=str(self.shared), volumes_writable=str(folder / "scratch"))
+        self.folder = folder / "volumes"
+        self.world = World()
+        self.volumes = Volumes(self.folder, self.settings, self.world)
+        self._opened = ExitStack()
+
+    def open(self, *volumes: Volume, tenant: TenantId = DEFAULT_TENANT) -> VolumeMounts:
+        return self._opened.enter_context(opened(volumes, tenant, self.folder, self.settings))
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("target", ["data", "/", "/etc", "/etc/x", "/proc/1", "/a/../etc", "/data/", "//x"])
+def test_targets_that_would_cover_the_sandbox_are_refused(target: str) -> None:
+    with pytest.raises(InvalidInputError):
+        Volume(target=target, name="cache")
+
+
+def test_volumes_are_apart_and_say_what_they_are() -> None:
+    for wrong in ({}, {"name": "a", "host": "/b"}, {"host": "relative"}, {"name": "UPPER"}):
+        with pytest.raises(InvalidInputError):
+            Volume(target="/data", **wrong)
+    inner = Volume(target="/data/inner", name="b")
+    with pytest.raises(InvalidInputError, match="out of range"):
+        ServiceSpec(class_name="X", volumes=(DATA, inner))
+    assert variable_of(inner) == "SNOWDROP_VOLUME_DATA_INNER"
+
+
+def test_only_named_folders_are_shared() -> None:
+    assert is_shared("/mnt/sets/a", "/srv:/mnt/sets")
+    for outside in ("/mnt/sets-other", "/mnt", "/mnt/sets/../x", "/etc"):
+        assert not is_shared(outside, "/srv:/mnt/sets")
+    assert not is_shared("/etc", "")
+
+
+async def test_a_named_volume_is_made_listed_and_removed(bench: Bench) -> None:
+    made = await bench.volumes.create(DEFAULT_TENANT, "cache", 1 << 20)
+    assert (made.used_bytes, made.files) == (0, 0)
+    with pytest.raises(ConflictError):
+        await bench.volumes.create(DEFAULT_TENANT, "cache", 0)
+    (bench.folder / "default" / "cache" / "data" / "x").write_bytes(b"x" * 10_000)
+    (view,) = await bench.volumes.listed(DEFAULT_TENANT)
+    assert (view.files, view.size_bytes_max) == (1, 1 << 20)
+    assert view.used_bytes >= 10_000
+    assert await bench.volumes.listed(OTHER) == []
+    with pytest.raises(NotFoundError):
+        await bench.volumes.remove(OTHER, "cache")
+    await bench.volumes.remove(DEFAULT_TENANT, "cache")
+    assert list((bench.folder / "default").iterdir()) == []
+
+
+async def test_a_volume_in_use_is_not_removed(bench: Bench) -> None:
+    await bench.volumes.create(DEFAULT_TENANT, "cache", 0)
+    used = revision(volumes=(DATA,))
+    bench.world.deployments[KEY] = DeploymentEntry(deployment(), revision("rev-0"), rival=used)
+    with pytest.raises(ConflictError, match="used by embed"):
+        await bench.volumes.remove(DEFAULT_TENANT, "cache")
+
+
+async def test_what_a_service_cannot_be_given_is_refused_when_it_is_deployed(bench: Bench) -> None:
+    with pytest.raises(NotFoundError, match="snowdrop volume create cache"):
+        await bench.volumes.check(DEFAULT_TENANT, (DATA,))
+    await bench.volumes.create(OTHER, "cache", 0)
+    with pytest.raises(NotFoundError):
+        await bench.volumes.check(DEFAULT_TENANT, (DATA,))
+    await bench.volumes.create(DEFAULT_TENANT, "cache", 1_000)
+    await bench.volumes.check(DEFAULT_TENANT, (DATA,))
+    (bench.folder / "default" / "cache" / "data" / "x").write_bytes(b"x" * 10_000)
+    with pytest.raises(StorageFullError, match="size_bytes_max=1000"):
+        await bench.volumes.check(DEFAULT_TENANT, (DATA,))
+    await bench.volumes.check(DEFAULT_TENANT, (msgspec.structs.replace(DATA, read_only=True),))
+    for host in ("/etc", str(bench.shared / ".." / "volumes")):
+        with pytest.raises(InvalidInputError, match="operator does not share"):
+            await bench.volumes.check(DEFAULT_TENANT, (Volume(target="/d", host=host, read_only=True),))
+    with pytest.raises(InvalidInputError, match="for writing"):
+        await bench.volumes.check(DEFAULT_TENANT, (Volume(target="/d", host=str(bench.shared)),))
+
+
+async def test_a_link_out_of_what_is_shared_is_found_at_the_start(bench: Bench) -> None:
+    (bench.shared / "in").mkdir()
+    (bench.shared / "out").symlink_to("/etc")
+    mounted = bench.open(Volume(target="/d", host=str(bench.shared / "in"), read_only=True))
+    assert [mount.read_only for mount in mounted.mounts] == [True]
+    with pytest.raises(InvalidInputError, match="operator does not share"):
+        bench.open(Volume(target="/d", host=str(bench.shared / "out"), read_only=True))
+
+
+async def test_a_volume_that_became_a_link_is_not_followed(bench: Bench) -> None:
+    await bench.volumes.create(DEFAULT_TENANT, "cache", 0)
+    data = bench.folder / "default" / "cache" / "data"
+    data.rmdir()
+    data.symlink_to("/etc")
+    with pytest.raises(NotFoundError):
+        bench.open(DATA)
+
+
+@root_only
+async def test_each_tenants_volumes_belong_to_a_uid_of_its_own(bench: Bench) -> None:
+    for tenant in (DEFAULT_TENANT, OTHER):
+        await bench.volumes.create(tenant, "cache", 0)
+    await bench.volumes.create(DEFAULT_TENANT, "more", 0)
+    mine, others = bench.open(DATA), bench.open(DATA, tenant=OTHER)
+    assert mine.uid is not None
+    assert mine.uid >= bench.settings.uid_base + UID_SPAN, "a uid that a replica may have for its own"
+    assert others.uid == mine.uid + 1
+    assert (bench.folder / "default" / "more" / "data").stat().st_uid == mine.uid
+    assert bench.folder.stat().st_mode & 0o777 == 0o700
