@@ -110,6 +110,7 @@ def _read(path: Path) -> bytes:
 
 VOLUMES = """
 import os, pathlib
+from typing import Any
 import snowdrop as sd
 
 @sd.service(scale=sd.Scale(min=2, max=2), concurrency=1, park_s_max=0.0,
@@ -119,7 +120,7 @@ import snowdrop as sd
             resources=sd.ResourceSpec(memory_bytes_max=256 << 20))
 class Keeper:
     @sd.endpoint("/keep")
-    def keep(self, text: str) -> dict[str, object]:
+    def keep(self, text: str) -> dict[str, Any]:
         with open("/data/mine/log", "a") as log:
             log.write(text)
         refused = []
