@@ -71,7 +71,7 @@ CLOSE_S_MAX = 10.0
 """How long a sandbox may take to be taken down, and how long the data plane to hear of it."""
 TELL_S_MAX = 2.0
 """A replica that takes no message for so long is told nothing more; whatever it waits for is bounded there."""
-MESSAGES_MAX, MESSAGES_PER_S_MAX = 1_000, 50
+MESSAGES_MAX, MESSAGES_PER_S_MAX = 1_000, 500
 """What a replica may say: at once, and all the time. A healthy one starts, asks for connections, tells spans."""
 
 log = logging.getLogger("snowdrop.agent")

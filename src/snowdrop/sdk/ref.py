@@ -34,6 +34,8 @@ from snowdrop.domain.ids import parse_name
 from snowdrop.domain.signature import encode_json
 from snowdrop.sdk.events import events, failure, lines
 
+CALL_S_MAX = 3_600.0
+"""How long a call may take that belongs to no request, as one of `startup`."""
 ANSWER_BYTES_MAX = 256 << 20
 ERROR_BYTES_MAX = 1 << 20
 POLL_S = 0.05
@@ -161,7 +163,7 @@ def make_call(  # noqa: PLR0917 -- what every form of a call takes
         )
     context = CALL_CONTEXT.get() or CallContext()
     left_s = _left_s(context, timeout_s)
-    if left_s is not None and left_s <= 0:
+    if left_s <= 0:
         raise CallTimedOutError(
             "the caller's time is over, so the call was not made",
             where=f"{deployment}{path}",
@@ -174,7 +176,7 @@ def make_call(  # noqa: PLR0917 -- what every form of a call takes
         "traceparent": context.traceparent,
         "tracestate": context.tracestate,
         LEASE_HEADER: context.lease,
-        DEADLINE_HEADER: "" if left_s is None else f"{time.time() + left_s:.3f}",
+        DEADLINE_HEADER: f"{time.time() + left_s:.3f}",
     }
     given = {name.lower(): value for name, value in (headers or {}).items()}
     if method == "GET":
@@ -204,9 +206,9 @@ def _encode(body: object, deployment: str, path: str) -> bytes:
         ) from error
 
 
-def _left_s(context: CallContext, timeout_s: float | None) -> float | None:
+def _left_s(context: CallContext, timeout_s: float | None) -> float:
     left = [] if context.deadline_unix_s is None else [context.deadline_unix_s - time.time()]
-    return min(left if timeout_s is None else [*left, timeout_s], default=None)
+    return min(left if timeout_s is None else [*left, timeout_s], default=CALL_S_MAX)
 
 
 async def fetch(call: OutgoingCall, decode: Decode) -> Any:
