@@ -238,6 +238,35 @@ async def test_one_is_held_back_for_the_next_where_that_pays() -> None:
     assert sizes == [2]
 
 
+async def test_the_next_leads_when_the_one_that_held_the_batch_back_leaves() -> None:
+    sizes: list[int] = []
+    now_s = 0.0
+
+    async def call(arguments: dict[str, Any]) -> list[int]:
+        sizes.append(len(arguments["number"]))
+        return list(arguments["number"])
+
+    batcher = Batcher(sd.Batch(size_max=3, wait_ms_max=10_000), call, "here", clock=lambda: now_s)
+    batcher._costs = Costs().learned(1, 1.0)
+    batcher._gap_s = 0.001
+    first = anyio.CancelScope()
+
+    async def leave() -> None:
+        with first:
+            await batcher.submit({"number": 1})
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(leave)
+            await anyio.wait_all_tasks_blocked()
+            tasks.start_soon(batcher.submit, {"number": 2})
+            await anyio.wait_all_tasks_blocked()
+            assert sizes == []
+            now_s = 100.0
+            first.cancel()
+    assert sizes == [1]
+
+
 async def test_a_lull_ends_the_hold() -> None:
     async def call(arguments: dict[str, Any]) -> list[int]:
         return list(arguments["number"])
