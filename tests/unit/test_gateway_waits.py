@@ -332,6 +332,14 @@ async def test_the_clients_own_deadline_bounds_the_answer_and_goes_on_to_the_rep
     assert float(bench.seen[0].headers["snowdrop-deadline"]) > 0
 
 
+async def test_nothing_is_started_for_a_deadline_that_has_passed(bench: Bench) -> None:
+    async with bench.replica(events) as ready:
+        bench.change(ready)
+        async with bench.client.get("/embed/x", headers={"snowdrop-deadline": "1.0"}) as answer:
+            assert answer.status == 504
+    assert not bench.seen
+
+
 class TestReadyz:
     async def test_looking_wakes_nothing(self, bench: Bench) -> None:
         demands = bench.demands

@@ -304,7 +304,7 @@ async def test_a_slot_that_cannot_be_had_is_an_ordinary_error(bench: Bench) -> N
     async with bench.gateway():
         with pytest.raises(InvalidStatus) as refused:
             await bench.connect()
-        assert refused.value.response.status_code == 502
+        assert refused.value.response.status_code == 503
         async with (
             aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(bench.folder / "gw.sock"))) as http,
             http.post("http://gw/e/ws", headers={"upgrade": "websocket", "connection": "upgrade"}) as answer,

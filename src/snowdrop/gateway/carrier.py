@@ -16,7 +16,7 @@ from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from snowdrop.domain.calling import DEADLINE_HEADER, LEASE_HEADER
-from snowdrop.domain.errors import ReplicaDiedError, SnowdropError, TimedOutError
+from snowdrop.domain.errors import ReplicaDiedError, SnowdropError, TimedOutError, UnavailableError
 from snowdrop.domain.receipt import CallerTimes, Span, join_caller
 from snowdrop.gateway.bodies import BODY_WHOLE_BYTES_MAX
 from snowdrop.gateway.broker import Broker
@@ -25,6 +25,7 @@ from snowdrop.gateway.finished import begin_call_trace
 from snowdrop.gateway.news import NewsBox
 from snowdrop.gateway.upstream.connection import BrokenError, UnconnectedError
 from snowdrop.gateway.upstream.pool import Exchange, Upstreams
+from snowdrop.policy.waiting import RETRY_AFTER_UNKNOWN_S
 from snowdrop.wire.slots import Granted, Outcome
 
 ATTEMPTS_MAX = 5
@@ -116,8 +117,11 @@ class Carrier:
             finally:
                 lease.release()
         call.granted = None  # no replica has seen anything of it
-        raise ReplicaDiedError(
-            f"no replica of {call.deployment!r} could be reached in {ATTEMPTS_MAX} attempts", next_step="try again"
+        raise UnavailableError(
+            f"no replica of {call.deployment!r} could be reached in {ATTEMPTS_MAX} attempts; nothing was started",
+            where=f"deployment {call.deployment}",
+            next_step="try again; `snowdrop describe` shows its replicas",
+            retry_after_s=RETRY_AFTER_UNKNOWN_S,
         )
 
     async def _acquire(self, call: Call, sink: Sink | None) -> Granted:
@@ -185,6 +189,8 @@ class _Exchange:
         Returns the error that was told inside the answer.
         """
         call, bound_s = self._call, self._bound_s()
+        if bound_s <= 0:
+            raise self._too_long(bound_s)  # its time is over: nothing is started that nobody waits for
         body = call.body
         try:
             async with (
