@@ -29,6 +29,7 @@ from snowdrop.cli.output import (
     table,
 )
 from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.scaling import summary
 from snowdrop.cli.publishing import publish_revision
 from snowdrop.domain.errors import InvalidInputError, NotFoundError, PlatformDownError
 from snowdrop.domain.ids import parse_name
@@ -288,8 +289,8 @@ def _print_description(found: Description) -> None:
         "revision": f"{view.revision} of {human_age(time.time_ns(), found.revision.created_unix_ns)} ago",
         "entry": spec.entry,
         "models": ", ".join(f"{m.name} ({human_bytes(m.artefact.total_bytes)})" for m in found.revision.models),
-        "scale": f"{view.scale.min} to {view.scale.max} replicas of {spec.concurrency} slots, aiming at"
-        f" {100 * view.scale.target:.0f} % taken, idle after {view.scale.idle_s:g} s",
+        "scale": f"{summary(view.scale)}; {spec.concurrency} slots each, aiming at"
+        f" {100 * view.scale.target:.0f} % taken",
         "limits": f"{human_bytes(spec.resources.memory_bytes_max)}, {spec.resources.cpus:g} CPUs,"
         f" {spec.resources.pids_max} processes",
         "sandbox": found.sandbox,
