@@ -29,8 +29,8 @@ from snowdrop.cli.output import (
     table,
 )
 from snowdrop.cli.platform import JsonFlag
-from snowdrop.cli.scaling import summary
 from snowdrop.cli.publishing import publish_revision
+from snowdrop.cli.scaling import summary
 from snowdrop.domain.errors import InvalidInputError, NotFoundError, PlatformDownError
 from snowdrop.domain.ids import parse_name
 from snowdrop.domain.replica import ReplicaReport
