@@ -41,7 +41,7 @@ def sample(done: int, failed: int = 0, *, latency_s: float = 0.1) -> Sample:
 
 def test_all_at_once_waits_for_as_many_ready_ones_as_are_needed() -> None:
     active = rollout()
-    assert decide(active, seen(1, candidate_starting=1)) is active
+    assert (decide(active, seen(1, candidate_starting=1)).phase, active.weight) == (RolloutPhase.STARTING, 0.0)
     assert shares(active, seen(1)) == Shares(2, 1)
     preparing = decide(active, seen(2, candidate_ready=1))
     assert (preparing.phase, preparing.weight) == (RolloutPhase.SHIFTING, 0.0)
@@ -73,15 +73,20 @@ def test_canary_steps_take_their_time_and_their_answers() -> None:
 
 
 def test_a_revision_that_does_not_start_never_gets_traffic() -> None:
-    active = rollout(failures_max=2)
-    assert decide(active, seen(1, failures=1, failure_reason="boom")) == active
+    active = decide(rollout(failures_max=2), seen(1, failures=1, failure_reason="boom"))
+    assert (active.phase, active.ended_unix_ns) == (RolloutPhase.STARTING, 0)
     back = decide(active, seen(2, failures=2, failure_reason="boom"))
     assert (back.phase, back.weight) == (RolloutPhase.ROLLED_BACK, 0.0)
     assert back.reason == "2 starts of the new revision failed, the last with: boom"
 
 
 def test_one_that_is_not_ready_in_time_goes_back_and_says_that_there_was_no_room() -> None:
-    back = decide(rollout(start_s_max=10.0), seen(11, candidate_starting=1, no_room=True))
+    idle = decide(rollout(start_s_max=10.0, steps=CANARY), seen(1, desired=0, stable_living=0))
+    wanted = decide(idle, seen(5_000))
+    assert (wanted.phase, wanted.step_unix_ns) == (RolloutPhase.STARTING, 5_000 * S), "nobody needed it before"
+    assert decide(wanted, seen(5_010, candidate_starting=1)) == wanted
+    assert decide(wanted, seen(5_011, desired=0)).step_unix_ns == 0
+    back = decide(wanted, seen(5_011, candidate_starting=1, no_room=True))
     assert back.phase is RolloutPhase.ROLLED_BACK
     assert back.reason.endswith("start_s_max=10; there was no room for it")
 

@@ -275,6 +275,7 @@ class ControlLoop:
         replicas = any(True for _ in self.world.replicas_of(key))
         return (
             entry.deployment.deleting
+            or (entry.deployment.rollout is not None and entry.deployment.rollout.step_unix_ns > 0)
             or replicas
             or scaling.is_due(entry, time.time())
             or decision is None

@@ -56,4 +56,6 @@ def _why(entry: DeploymentEntry) -> str:
     reason = entry.decision.reason if entry.decision else "not looked at yet"
     if entry.health_reason:
         return entry.health_reason
+    if entry.deployment.rollout is not None:
+        reason = f"{reason}; rollout of {rollouts.summary(entry.deployment)}"
     return f"{reason}; {entry.placement_reason}" if entry.placement_reason else reason

@@ -84,7 +84,7 @@ class RolloutPhase(StrEnum):
 
 
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):
-    """One rollout, stored with its deployment. Times are unix ns; `step_unix_ns` is 0 until its time counts.
+    """One rollout, stored with its deployment. Times are unix ns; `step_unix_ns` is 0 while no time counts.
 
     In SHIFTING, `step` counts the spec's steps; equal to their number, full traffic is being prepared.
     """

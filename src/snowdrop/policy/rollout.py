@@ -173,8 +173,10 @@ def quantile_s(latency: tuple[int, ...], share: float) -> float:
 def _failed_starts(rollout: Rollout, seen: RolloutInput) -> str | None:
     if seen.failures >= rollout.spec.failures_max and seen.candidate_ready == 0:
         return f"{seen.failures} starts of the new revision failed, the last with: {seen.failure_reason}"
-    waited_ns = seen.now_unix_ns - rollout.began_unix_ns
-    if rollout.phase is RolloutPhase.STARTING and not rollout.paused and waited_ns > _ns(rollout.spec.start_s_max):
+    waits = rollout.phase is RolloutPhase.STARTING and rollout.step_unix_ns and not rollout.paused
+    if not waits or not (seen.desired or seen.candidate_starting):
+        return None
+    if seen.now_unix_ns - rollout.step_unix_ns > _ns(rollout.spec.start_s_max):
         room = "; there was no room for it" if seen.no_room else ""
         return f"the new revision was not ready within start_s_max={rollout.spec.start_s_max:g}{room}"
     return None
@@ -186,7 +188,13 @@ def _judged(rollout: Rollout, seen: RolloutInput) -> str | None:
 
 def _start(rollout: Rollout, seen: RolloutInput) -> Rollout:
     if seen.candidate_ready == 0:
-        return rollout
+        wanted = seen.desired > 0 or seen.candidate_starting > 0
+        if wanted == bool(rollout.step_unix_ns):
+            return rollout
+        # Its time to become ready runs only while somebody needs it: a deployment may lie idle for days.
+        since_unix_ns = seen.now_unix_ns if wanted else 0
+        reason = "waits for the new revision to be ready" if wanted else "nothing runs; the next request starts it"
+        return msgspec.structs.replace(rollout, step_unix_ns=since_unix_ns, reason=reason)
     first = rollout.spec.steps[0] if rollout.spec.steps else None
     begun = msgspec.structs.replace(
         rollout,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -74,7 +75,11 @@ def apply_environment(boot: Boot) -> None:
 
 def run(link: AgentLink, boot: Boot, fds: tuple[int, ...], booted_unix_ns: int) -> int:
     """Lives the replica's life from its imports on; returns the exit code. Takes the descriptors over."""
-    return Runtime(link, boot, fds, booted_unix_ns).run()
+    try:
+        return Runtime(link, boot, fds, booted_unix_ns).run()
+    finally:
+        # In a sandbox it goes with it; without one it would stay in the machine's memory.
+        shutil.rmtree(f"{SECRETS_FOLDER}-{boot.key.replica}", ignore_errors=True)
 
 
 class Runtime:
