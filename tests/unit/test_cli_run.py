@@ -107,6 +107,25 @@ def test_vllm_is_told_by_its_own_options() -> None:
     assert (spec.command.ready, spec.image.requirements) == ("/health", ("vllm",))
 
 
+def test_of_a_hub_only_what_an_engine_reads_is_pushed() -> None:
+    hub = cli.wanted_files(None, is_hub=True)
+    names = [
+        "model.safetensors",
+        "pytorch_model.bin",
+        "onnx/m.onnx",
+        "a.gguf",
+        "original/x.safetensors",
+        "config.json",
+    ]
+    assert [name for name in names if hub.takes(name)] == ["model.safetensors", "a.gguf", "config.json"]
+    one = cli.wanted_files("a-Q8_0.gguf", is_hub=True)
+    assert [name for name in ("a-Q8_0.gguf", "a-F16.gguf", "config.json") if one.takes(name)] == [
+        "a-Q8_0.gguf",
+        "config.json",
+    ]
+    assert cli.wanted_files(None, is_hub=False).takes("pytorch_model.bin")
+
+
 def test_facts_are_read_from_files_and_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "model_type": "bert"}))
     (tmp_path / "sub").mkdir()

@@ -107,3 +107,35 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         run_dev(file, None, "127.0.0.1", 0, {"tiny": tmp_path / "nowhere"}, False)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConflictError, match="in use"):
         run_dev(file, None, "127.0.0.1", taken.getsockname()[1], {}, False)
+
+
+@pytest.mark.parametrize("kind", ["asgi", "command"])
+def test_an_app_and_a_command_are_served_and_restarted_too(tmp_path: Path, kind: str) -> None:
+    file, model = tmp_path / "served.py", tmp_path / "tiny"
+    model.mkdir()
+    server = (
+        "import http.server, json, sys\n"
+        "class H(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_POST(self):\n"
+        "        self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(VERSION).encode())\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200); self.end_headers()\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), H).serve_forever()\n"
+    )
+    app = """
+async def app(scope, receive, send):
+    assert scope["type"] == "http"
+    assert "model" in scope["state"]["models"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"VERSION"})
+"""
+    lines = {
+        "asgi": f'{app}\nsite = sd.asgi(app, model=sd.Model("tiny"))\n',
+        "command": f'site = sd.command(["{{python}}", "-c", {server!r}, "{{port}}"], model=sd.Model("tiny"))\n',
+    }
+    text = "import snowdrop as sd\n" + lines[kind]
+    file.write_text(text.replace("VERSION", "1"))
+    with developing(file, model) as url:
+        assert call_until(url, (200, 1)) == (200, 1)
+        file.write_text(text.replace("VERSION", "2"))
+        assert call_until(url, (200, 2)) == (200, 2)

@@ -239,6 +239,12 @@ def _call_path(ctx: Context, target: str) -> str:
     if slash:
         return quote(f"/{name}/{rest}", safe="/?&=%")
     endpoints = ctx.client.get(Description, "deployments", name).revision.spec.endpoints
+    if not endpoints:
+        raise InvalidInputError(
+            f"{name} is no class with endpoints, so which path to call is not known",
+            where=name,
+            next_step=f"say the path, as in {name}/health",
+        )
     if len(endpoints) != 1:
         paths = ", ".join(name + endpoint.path for endpoint in endpoints)
         raise InvalidInputError(f"{name} has several endpoints", where=name, next_step=f"choose one: {paths}")
@@ -288,6 +294,8 @@ def _print_description(found: Description) -> None:
         "url": view.url,
         "revision": f"{view.revision} of {human_age(time.time_ns(), found.revision.created_unix_ns)} ago",
         "entry": spec.entry,
+        "command": " ".join(spec.command.argv) if spec.command is not None else "",
+        "openai": ", ".join(spec.openai_paths),
         "models": ", ".join(f"{m.name} ({human_bytes(m.artefact.total_bytes)})" for m in found.revision.models),
         "scale": f"{summary(view.scale)}; {spec.concurrency} slots each, aiming at"
         f" {100 * view.scale.target:.0f} % taken",

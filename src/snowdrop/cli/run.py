@@ -37,6 +37,8 @@ CONTEXT_TOKENS = 4096
 MEMORY_BYTES_MIN = 4 << 30
 WORK_BYTES = 2 << 30
 """Beside the weights: the interpreter, its libraries and what a request needs."""
+OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.tflite", "original/*")
+"""What hubs keep of a model beside safetensors and GGUF, and no engine here reads."""
 VLLM_STARTUP_S_MAX = 3_600.0
 FOLDERS = {LLAMA_CPP: "llamacpp", TRANSFORMERS: "transformers_chat", EMBEDDER: "embedder"}
 NEEDS = {LLAMA_CPP: ("xllamacpp",), TRANSFORMERS: ("torch", "transformers"), EMBEDDER: ("torch", "transformers")}
@@ -99,7 +101,7 @@ def run(
             extra=tuple(arg or ()),
         )
         chosen_name = parse_name(name or _slug(model), what="deployment name")
-        facts, record = _facts(ctx, model, chosen_name, dry_run=dry_run)
+        facts, record = _facts(ctx, model, chosen_name, file=file, dry_run=dry_run)
         has_vllm = importlib.util.find_spec("vllm") is not None
         choice = choose(facts, has_vllm=has_vllm, wanted=engine, file=file)
         _check_installed(choice.engine)
@@ -181,7 +183,9 @@ def _slug(model: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", last.lower())[:NAME_CHARS_MAX].strip("-") or "model"
 
 
-def _facts(ctx: Context, model: str, name: str, *, dry_run: bool) -> tuple[ModelFacts, ModelRecord | None]:
+def _facts(
+    ctx: Context, model: str, name: str, *, file: str | None, dry_run: bool
+) -> tuple[ModelFacts, ModelRecord | None]:
     """What the model is, and its record; pushes what is not pushed yet, unless it is a dry run."""
     local = Path(model).expanduser()
     is_path = local.exists() and ("/" in model or local.is_dir() or local.suffix == ".gguf")
@@ -207,8 +211,14 @@ def _facts(ctx: Context, model: str, name: str, *, dry_run: bool) -> tuple[Model
         chosen = SourceOptions(chosen=Filter((local.name,), ()))
         record = push_model(ctx, name, str(local.parent), chosen)
     else:
-        record = push_model(ctx, name, str(local) if is_path else model, SourceOptions())
+        source = str(local) if is_path else model
+        record = push_model(ctx, name, source, SourceOptions(chosen=wanted_files(file, is_hub=not is_path)))
     return _pushed_facts(ctx, record), record
+
+
+def wanted_files(file: str | None, *, is_hub: bool) -> Filter:
+    """What is pushed of a model: of several GGUF files the one that was named; of a hub's no second copies."""
+    return Filter((file, "*.json") if file is not None else (), OTHER_FORMATS if is_hub else ())
 
 
 def _pushed_facts(ctx: Context, record: ModelRecord) -> ModelFacts:

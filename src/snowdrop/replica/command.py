@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ class CommandService(BoundedServable):
         entry = [sys.executable, "-I", "-S", str(command_entry.__file__), str(os.getpid())]
         self._child = await anyio.open_process(
             [*entry, *argv],
-            stdin=None,
+            stdin=subprocess.DEVNULL,
             stdout=None,  # the replica's own: the log reads them
             stderr=None,
             cwd=self._code_directory,
