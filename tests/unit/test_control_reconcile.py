@@ -201,6 +201,16 @@ async def test_a_service_may_have_requests_refused_at_once() -> None:
     refusal = bench.route().refusal
     assert refusal is not None
     assert refusal.kind == "revision_failed"
+    bench.demand()
+    bench.iterate(after_s=PROBE_S_FIRST)
+    bench.loop.publish(KEY)
+    assert bench.route().refusal is None, "the pause is over: the next one tells"
+    bench.demand(queued=1)
+    (probe,) = bench.starts()
+    bench.hear(probe, ReplicaState.FAILED)
+    bench.iterate()
+    bench.loop.publish(KEY)
+    assert bench.route().refusal is not None
 
 
 async def test_a_ready_replica_serves_on_while_others_crash_loop(bench: Bench) -> None:

@@ -84,6 +84,7 @@ def _judge_starts(
     if any(r.ready_s is not None and now_s - r.ready_s >= restart.PROVEN_S for r in ours):
         entry.starts = restart.after_proof(entry.starts)
     verdict = restart.verdict(entry.starts, now_s)
+    entry.is_half_open = isinstance(verdict, restart.CrashLooping) and now_s >= verdict.until_s
     if isinstance(verdict, restart.CrashLooping):
         entry.health = DeploymentHealth.CRASH_LOOPING
         until_unix_ns = now_unix_ns + int((verdict.until_s - now_s) * 1e9)

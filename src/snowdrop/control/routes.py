@@ -81,14 +81,14 @@ def _refusal(entry: DeploymentEntry, *, serving: bool) -> ErrorBody | None:
     name = entry.deployment.name
     if entry.deployment.deleting:
         return UnavailableError(f"deployment {name!r} is being deleted", where=name).body()
-    if entry.revision.spec.park_s_max == 0 and _is_looping(entry, serving=serving):
-        return _failed(entry)
+    if entry.revision.spec.park_s_max == 0 and _is_looping(entry, serving=serving) and not entry.is_half_open:
+        return _failed(entry)  # when the pause is over, whoever comes next waits for the one start that it causes
     return None
 
 
 def _parked(entry: DeploymentEntry, *, serving: bool) -> Parked | None:
     """Why and how long requests wait while nothing is started."""
-    if entry.deployment.deleting or not _is_looping(entry, serving=serving):
+    if entry.deployment.deleting or not _is_looping(entry, serving=serving) or entry.revision.spec.park_s_max == 0:
         return None
     return Parked(
         error=_failed(entry),

@@ -93,6 +93,7 @@ class DeploymentEntry(msgspec.Struct):
     rival_no_room: bool = False
     watch: RolloutWatch = msgspec.field(default_factory=RolloutWatch)
     parked_until_unix_ns: int = 0
+    is_half_open: bool = False
     scaling: ScalingMemory = msgspec.field(default_factory=ScalingMemory)
 
     @property
