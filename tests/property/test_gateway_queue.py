@@ -8,10 +8,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from platform_helpers import KEY, NAME, replica_route, route
 from snowdrop.domain.errors import RevisionFailedError
 from snowdrop.domain.service import QueueSpec
-from snowdrop.gateway.effects import DemandChanged, Deny, Effect, Grant, Idle, Now
+from snowdrop.gateway.effects import DemandChanged, Deny, Effect, Grant, Idle, Now, Tell
 from snowdrop.gateway.queue import QueueCore
 from snowdrop.wire.control import DeploymentRoute
-from snowdrop.wire.slots import Acquire
+from snowdrop.wire.slots import Acquire, Look, Looked
 
 WORKERS = ("w-0", "w-1")
 REPLICAS = ("rep-1", "rep-2", "rep-3")
@@ -35,6 +35,7 @@ class Queue(RuleBasedStateMachine):
         self.table: DeploymentRoute | None = None
         self.idle_said: dict[str, int] = {}
         self.arriving: tuple[str, int] | None = None
+        self.again: set[tuple[str, int]] = set()
 
     # --- helpers ----------------------------------------------------------------------------------------------
 
@@ -94,11 +95,19 @@ class Queue(RuleBasedStateMachine):
         for _ in range(count):
             self.arrive(worker)
 
-    def arrive(self, worker: str) -> None:
+    def arrive(self, worker: str, *, wait_s_max: float | None = None, waited_s: float = 0.0) -> None:
+        """A request; with `waited_s` one that has waited before, whose replica could not be reached."""
         self.tickets += 1
         self.arriving = ticket = (worker, self.tickets)
         waiting = len(self.open)
-        request = Acquire(ticket=self.tickets, key_sha256=None, deployment=NAME, arrived_unix_ns=self.now.unix_ns)
+        request = Acquire(
+            ticket=self.tickets,
+            key_sha256=None,
+            deployment=NAME,
+            arrived_unix_ns=int((self.now_s - waited_s) * 1e9),
+            wait_s_max=wait_s_max,
+            attempt=1 if waited_s else 0,
+        )
         effects = self.core.arrive(worker, request, self.now)
         self.take(effects)
         self.arriving = None
@@ -107,8 +116,29 @@ class Queue(RuleBasedStateMachine):
         assert effects == [DemandChanged(KEY)]
         assert self.table is not None
         assert self.table.refusal is None
-        assert waiting < LENGTH_MAX
-        self.open[ticket] = self.now_s + WAIT_S_MAX
+        assert waiting < LENGTH_MAX or waited_s
+        bound_s = min(WAIT_S_MAX, wait_s_max if wait_s_max is not None else WAIT_S_MAX)
+        self.open[ticket] = self.now_s + max(0.0, bound_s - waited_s)
+        if waited_s:
+            self.again.add(ticket)
+            self.open = dict(sorted(self.open.items(), key=lambda entry: entry[0] not in self.again))
+
+    @rule(worker=st.sampled_from(WORKERS), wait_s_max=st.sampled_from([0.0, 1.0, 10.0, 1e9]))
+    def impatient(self, worker: str, wait_s_max: float) -> None:
+        self.arrive(worker, wait_s_max=wait_s_max)
+
+    @rule(activate=st.booleans())
+    def look(self, activate: bool) -> None:
+        request = Look(ticket=0, key_sha256=None, deployment=NAME, activate=activate)
+        effects = self.core.look("w-0", request, self.now)
+        if self.table is None:
+            assert isinstance(effects[0], Deny)
+            return
+        told = effects[-1]
+        assert isinstance(told, Tell)
+        assert isinstance(told.message, Looked)
+        assert (told.message.queued, told.message.error) == (len(self.open), self.table.refusal)
+        assert (effects[0] == DemandChanged(KEY)) == (activate and self.table.refusal is None)
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -136,18 +166,20 @@ class Queue(RuleBasedStateMachine):
         if twice:
             assert self.core.release(lease, self.now) == []
 
-    @rule(data=st.data())
-    def unreachable(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), again_after_s=st.sampled_from([0.0, 0.5, 15.0, 30.0]))
+    def unreachable(self, data: st.DataObject, again_after_s: float) -> None:
         if not self.leases:
             return
         lease = data.draw(st.sampled_from(sorted(self.leases)))
-        replica = self.leases.pop(lease)[2]
+        worker, _ticket, replica = self.leases.pop(lease)
         named, effects = self.core.unreachable(lease, self.now)
         assert named == replica
         granted = [e.message.replica for e in effects if isinstance(e, Grant)]
         assert replica not in granted, "sent the next request to a replica that was just not there"
         self.take(effects)
         assert self.core.unreachable(lease, self.now) == (None, [])
+        if again_after_s and self.table is not None and self.table.refusal is None:
+            self.arrive(worker, waited_s=again_after_s)
 
     @rule(worker=st.sampled_from(WORKERS))
     def worker_gone(self, worker: str) -> None:
@@ -165,7 +197,7 @@ class Queue(RuleBasedStateMachine):
         late = [ticket for ticket, deadline_s in self.open.items() if deadline_s <= self.now_s]
         effects = self.core.tick(self.now)
         denied = [(e.worker, e.message.ticket) for e in effects if isinstance(e, Deny)]
-        assert denied == late
+        assert sorted(denied) == sorted(late)
         assert all(e.message.error.kind == "waited_too_long" for e in effects if isinstance(e, Deny))
         self.take(effects)
 
@@ -223,7 +255,10 @@ class Queue(RuleBasedStateMachine):
             assert not loads
             return
         listed = {r.replica for r in self.table.replicas}
-        assert loads[NAME].queued == len(self.open)
+        deployment = self.core._deployments[KEY]
+        if deployment.woken_until_s:
+            assert not deployment.accepting, "woken, though it is ready"
+        assert loads[NAME].queued == len(self.open) or (loads[NAME].queued == 1 and deployment.woken_until_s)
         assert loads[NAME].in_flight == sum(1 for held in self.leases.values() if held[2] in listed)
         assert loads[NAME].peak >= loads[NAME].in_flight + loads[NAME].queued
         assert self.core.busy == bool(self.leases or self.open)
@@ -266,6 +301,7 @@ class Queue(RuleBasedStateMachine):
         assert not self.core.busy
         assert all(load.in_flight == 0 for load in self.core.loads(self.now))
         assert not self.core._tickets
+        assert not any(each.woken_until_s for each in self.core._deployments.values())
 
 
 Queue.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
