@@ -71,3 +71,11 @@ async def test_weights_are_views_on_the_mapping(service: Any, model_path: str) -
     model.load_into(service.network, strict=False)
     loaded = dict(service.network.named_parameters())
     assert all(loaded[name].data_ptr() == each.data_ptr() for name, each in model.tensors() if name in loaded)
+
+
+async def test_openais_clients_get_the_same_vectors_and_a_count_of_tokens(service: Any) -> None:
+    import snowdrop as sd  # noqa: PLC0415
+
+    answer = await service.embeddings(sd.EmbeddingRequest(input=["short", TEXTS[0]]))
+    assert answer.vectors == await service.embed(["short", TEXTS[0]])
+    assert answer.prompt_tokens == 3 + 8

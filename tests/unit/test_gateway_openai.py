@@ -26,7 +26,7 @@ from snowdrop.domain.errors import (
     UnavailableError,
     error_kinds,
 )
-from snowdrop.domain.ids import DEFAULT_TENANT, TenantId
+from snowdrop.domain.ids import DEFAULT_TENANT, TenantId, parse_name
 from snowdrop.domain.openai_errors import headers_of, ours, shape, status_of
 from snowdrop.domain.servers import OPENAI_PATHS
 from snowdrop.gateway.app import build_app
@@ -329,3 +329,9 @@ def test_when_to_come_back(error: SnowdropError, after: str | None) -> None:
 def test_what_is_no_error_of_ours_is_left_alone(body: bytes) -> None:
     assert ours(body) is None
     assert isinstance(ErrorBody(kind="x", message=""), ErrorBody)
+
+
+@pytest.mark.parametrize("name", ["v1", "healthz", "readyz", "metrics"])
+def test_no_deployment_takes_the_gateways_own_paths(name: str) -> None:
+    with pytest.raises(InvalidInputError, match="reserved"):
+        parse_name(name, what="deployment name")
