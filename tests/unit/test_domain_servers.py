@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ import snowdrop as sd
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.servers import OPENAI_PATHS, CommandSpec
 from snowdrop.domain.service import EndpointSpec, Model, ServiceSpec
+from snowdrop.sdk.inspect import describe_service
 
 
 def test_placeholders_are_filled_and_other_braces_stay() -> None:
@@ -87,3 +89,10 @@ def test_options_are_those_of_a_service_and_models_go_by_name() -> None:
         sd.command("x {port}")
     with pytest.raises(InvalidInputError, match="no ASGI app"):
         sd.asgi("app")  # type: ignore[arg-type]
+
+
+def test_the_chat_example_says_what_its_server_needs() -> None:
+    spec = describe_service(Path(__file__).parents[2] / "examples" / "chat" / "service.py", None)
+    assert (spec.class_name, spec.openai_paths) == ("chat", OPENAI_PATHS[:2])
+    assert spec.command is not None
+    assert {name for name, _ in spec.command.placeholders()} == {"python", "model", "deployment", "host", "port"}
