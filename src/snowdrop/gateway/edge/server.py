@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -13,6 +14,7 @@ import anyio
 import anyio.lowlevel
 import msgspec
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 BACKLOG = 1024
 KEEPALIVE_S = 75.0
@@ -24,6 +26,17 @@ CUT_S_MAX = 0.5
 # Requests make few cycles; looking for them after every 700 new objects cost about a tenth of the throughput.
 COLLECT_AFTER_OBJECTS = 20_000
 COLLECT_OLDER_EVERY = 20
+
+
+class _OurErrors(logging.Filter):
+    """Leaves out what strangers send that is not HTTP: it is answered with 400, and would fill the log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+log = logging.getLogger("snowdrop.gateway.http")
+log.addFilter(_OurErrors())
 
 
 class Listening(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +67,7 @@ class EdgeServer:
         self._runner = web.AppRunner(
             app,
             access_log=None,
+            logger=log,
             # A client that goes away cancels its handler, which cancels the work in the replica.
             handler_cancellation=True,
             # We wait ourselves, before: aiohttp drops what clients send while it waits, uploads and all.
