@@ -326,6 +326,9 @@ class TestApi:
             ({"deployment": "embed", "path": "x"}, "path"),
             ({"deployment": "embed", "path": "/a b"}, "path"),
             ({"deployment": "embed", "headers": {"x": "a\r\nb: c"}}, "headers"),
+            ({"deployment": "embed", "headers": {"x y": "a"}}, "headers"),
+            ({"deployment": "embed", "headers": {"x": "\u00e9"}}, "headers"),
+            ({"deployment": "embed", "path": "/\u00e9"}, "path"),
             ({"deployment": "embed", "webhook": "ftp://x/"}, "webhook"),
             ({"deployment": "embed", "webhook": "http://127.0.0.1/"}, "webhook"),
             ({"deployment": "embed", "attempts_max": 0}, "request body"),
@@ -364,9 +367,10 @@ class TestApi:
             async with http.post("/v1/tasks", json={"deployment": "embed", "body": "x" * 60_000}) as answer:
                 assert answer.status == 507
             (held,) = await leased(world)
-            await finish(http, held)
-            await world.queue.trim()
+            await finish(http, held, b"y" * 50_000)
             await submit(http, "x" * 60_000)
+            async with http.get("/v1/tasks") as answer:
+                assert len((await answer.json())["tasks"]) == 1
 
     def test_a_lease_that_has_ended_takes_no_body(self, world: TaskWorld) -> None:
         with pytest.raises(ConflictError):

@@ -297,6 +297,16 @@ async def test_prefer_respond_async_makes_a_task_of_any_request(tmp_path: Path) 
             assert await answer.read() == b"z" * 100_000
 
 
+async def test_a_request_with_many_headers_becomes_a_task_too(tmp_path: Path) -> None:
+    many = {f"x-{number}": "v" * 1_000 for number in range(12)}
+    async with platform(tmp_path, echoes) as (_world, _http, carrier), edge(_world.socket) as client:
+        async with client.post("/embed/x?wait", headers={"prefer": "respond-async, wait=20", **many}) as answer:
+            assert answer.status == 200
+        assert carrier.calls[0].headers["x-11"] == "v" * 1_000
+        async with client.post("/embed/x", headers={"prefer": "respond-async", "x-own": "\u00e9"}) as answer:
+            assert answer.status == 422
+
+
 async def test_with_a_wait_the_answer_itself_if_it_comes_in_time_else_the_task(tmp_path: Path) -> None:
     go_on = anyio.Event()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
@@ -40,8 +41,16 @@ KEY_CHARS_MAX = 255
 RETRY_AFTER_S = "1"
 NEW_TASK_BYTES_MAX = 32 << 10
 """What a submission may hold besides the request's body."""
-# Headers of a call that are the connection's or the caller's own.
-NOT_KEPT = frozenset({"authorization", "host", "content-length", "connection", "transfer-encoding", "expect"})
+# Headers of a call that are the connection's or the caller's own (RFC 9110, section 7.6.1).
+NOT_KEPT = frozenset(
+    {
+        *("authorization", "host", "content-length", "expect", "connection", "keep-alive", "proxy-authenticate"),
+        *("proxy-authorization", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
+    }
+)
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e]*")
+_PATH = re.compile(r"/[\x21\x22\x24-\x7e]*")
 # What an answer's replay must not say, because it is a new answer over another connection.
 NOT_REPLAYED = frozenset({"content-length", "connection", "transfer-encoding", "keep-alive", "date", "server"})
 T = TypeVar("T")
@@ -218,15 +227,20 @@ class TasksApi:
 def _checked(new: NewTask, request: web.Request, *, private_allowed: bool) -> NewTask:
     """With the idempotency key of the header; raises InvalidInputError for what can never be carried."""
     parse_name(new.deployment, what="deployment name")
-    if not new.path.startswith("/") or any(char in new.path for char in " \r\n#"):
+    if not _PATH.fullmatch(new.path):
         raise InvalidInputError(
             f"path {new.path[:80]!r} is not usable", where="path", next_step="begin it with /, percent-encode it"
         )
     if new.webhook:
         check_url(new.webhook, private_allowed=private_allowed)
     headers = {name.lower(): value for name, value in new.headers.items() if name.lower() not in NOT_KEPT}
-    if any(char in text for pair in headers.items() for text in pair for char in "\r\n\0"):
-        raise InvalidInputError("a header holds a line break", where="headers")
+    for name, value in headers.items():
+        if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+            raise InvalidInputError(
+                f"header {name[:40]!r} cannot be sent",
+                where="headers",
+                next_step="names and values are plain ASCII",
+            )
     if TASK_HEADER not in request.headers and new.body != NO_BODY:
         headers.setdefault("content-type", "application/json")
     key = request.headers.get("idempotency-key", new.idempotency_key)

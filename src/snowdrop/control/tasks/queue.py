@@ -70,7 +70,7 @@ class TaskQueue:
 
     async def submit(self, tenant: TenantId, new: NewTask, body: StoredBody, name: TaskId) -> tuple[Task, bool]:
         """A new task, durable when this returns, or the one that its idempotency key made before, and False."""
-        self._check_room(body.size_bytes)
+        await self._make_room(body.size_bytes)
         now = self._wall_ns()
         due = now + int(new.delay_s * 1e9)
         ttl_s = self.settings.ttl_s if new.ttl_s is None else new.ttl_s
@@ -224,14 +224,14 @@ class TaskQueue:
                 continue
         await self._recount()
 
-    async def trim(self) -> None:
-        """Drops ended tasks that are too old or too many, and their files."""
+    async def trim(self, *, spare_bytes: int = 0) -> None:
+        """Drops ended tasks that are too old or too many, and their files; more of them for `spare_bytes`."""
         settings = self.settings
         while True:
             gone = await self.store.trim(
                 ended_before_unix_ns=self._wall_ns() - int(settings.kept_s * 1e9),
                 tasks_max=settings.kept_max,
-                bytes_max=settings.stored_bytes_max,
+                bytes_max=settings.stored_bytes_max - spare_bytes,
                 limit=TRIM_MAX,
             )
             for task in gone:
@@ -242,6 +242,11 @@ class TaskQueue:
         for task in await self.store.running():
             if (task.tenant, task.id) not in self.leases:  # nobody would ever end it
                 self.leases.hold(task)
+
+    def ring_hooks(self) -> None:
+        """A webhook may be due, or may be sent now."""
+        self._hooks.set()
+        self._hooks = anyio.Event()
 
     async def wait_hooks(self, wait_s_max: float) -> None:
         """Until a task with a webhook has ended, or the time is over."""
@@ -305,8 +310,7 @@ class TaskQueue:
             for event in self._watched.get((tenant, name), ()):
                 event.set()
             if task.webhook is not None and task.ended:
-                self._hooks.set()
-                self._hooks = anyio.Event()
+                self.ring_hooks()
             self._wake()
         return task
 
@@ -342,13 +346,16 @@ class TaskQueue:
         self._work.set()
         self._work = anyio.Event()
 
-    def _check_room(self, size_bytes: int) -> None:
+    async def _make_room(self, size_bytes: int) -> None:
+        """Drops the oldest ended tasks if a body would not fit otherwise; StorageFullError if that is not enough."""
         bound = self.settings.stored_bytes_max
+        if self._stored_bytes + size_bytes > bound:
+            await self.trim(spare_bytes=size_bytes)
         if self._stored_bytes + size_bytes > bound:
             raise StorageFullError(
                 f"tasks keep {self._stored_bytes} bytes already",
                 where=f"tasks.stored_bytes_max={bound}",
-                next_step="ended tasks go by themselves as time passes; raise the setting to keep more",
+                next_step="they are of tasks that have not ended: submit later, or raise the setting",
             )
 
 

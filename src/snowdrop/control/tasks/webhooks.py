@@ -174,6 +174,7 @@ class Webhooks:
             log.warning("the webhook of %s is sent again: %s", task.id, error)
         finally:
             self._under_way.discard(task.id)
+            self._queue.ring_hooks()
 
     async def _send(self, session: aiohttp.ClientSession, task: Task) -> tuple[str, bool]:
         """What went wrong, empty if nothing, and whether that is final."""

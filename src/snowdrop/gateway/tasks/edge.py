@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 from aiohttp import hdrs, web
 
-from snowdrop.domain.errors import SnowdropError
+from snowdrop.domain.errors import InvalidInputError, SnowdropError
 from snowdrop.domain.layout import StateLayout
 from snowdrop.gateway.call import Call
 from snowdrop.gateway.carrier import DROPPED_DOWN, without
@@ -61,6 +61,8 @@ class TaskEdge:
     async def respond_async(self, request: web.Request, call: Call) -> web.StreamResponse:
         """Makes a task of a call. With `Prefer: respond-async, wait=N` its answer, if it is there within N s."""
         headers = {name: value for name, value in call.headers.items() if name.lower() not in NOT_OF_THE_CALL}
+        if not all(value.isascii() for value in headers.values()):
+            raise InvalidInputError("headers of a task are plain ASCII", where="headers")
         new = NewTask(
             deployment=call.deployment,
             path=call.target,

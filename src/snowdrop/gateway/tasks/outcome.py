@@ -11,7 +11,7 @@ from snowdrop.policy.tasks import may_help
 from snowdrop.wire.tasks import TaskEnd
 
 # Of the service's answer: what a later replay can still mean.
-KEPT_CHARS_MAX = 8 << 10
+KEPT_CHARS_MAX = 8_000
 """Headers of an answer that are kept, in all; those past it are dropped."""
 NOT_KEPT = frozenset({"server-timing", "date", "set-cookie", "x-request-id"})
 RETRIED_KINDS = frozenset({"replica_died", "timed_out", "unavailable", "platform_down"})
