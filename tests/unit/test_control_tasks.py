@@ -17,6 +17,7 @@ from snowdrop.domain.task import TaskState
 from snowdrop.state.port import KeyRecord
 from snowdrop.state.sqlite import SqliteState
 from snowdrop.wire.tasks import END_HEADER, KEY_HEADER, LeasedTask, LeaseName, TaskEnd
+from task_helpers import task
 from task_world import KEY, TaskWorld
 
 pytestmark = pytest.mark.anyio
@@ -235,7 +236,7 @@ class TestAnswers:
             assert not list(folder.iterdir())
 
     async def test_a_body_above_its_bound_leaves_nothing(self, tmp_path: Path) -> None:
-        world = TaskWorld(tmp_path, body_bytes_max=1_000, result_bytes_max=INLINE_BYTES_MAX + 10)
+        world = TaskWorld(tmp_path, body_bytes_max=1_000, result_bytes_max=300_000)
         await world.deployed()
         async with world.serving() as http:
             async with http.post("/v1/tasks", json={"deployment": "embed", "body": LARGE}) as answer:
@@ -243,7 +244,7 @@ class TestAnswers:
                 assert "tasks.body_bytes_max" in (await answer.json())["error"]["where"]
             await submit(http)
             (held,) = await leased(world)
-            assert (await finish(http, held, b"x" * (INLINE_BYTES_MAX + 11)))[0] == 413
+            assert (await finish(http, held, b"x" * 600_000))[0] == 413
             assert not list((tmp_path / "tasks").iterdir())
 
     async def test_files_that_a_crash_left_are_swept(self, world: TaskWorld) -> None:
@@ -373,5 +374,9 @@ class TestApi:
                 assert len((await answer.json())["tasks"]) == 1
 
     def test_a_lease_that_has_ended_takes_no_body(self, world: TaskWorld) -> None:
+        world.queue.leases.hold(task("task-2", generation=2, holder="g2"))
+        world.queue.leases.check(LeaseName(tenant=KEY[0], task=TaskId("task-2"), generation=2))
+        with pytest.raises(ConflictError):
+            world.queue.leases.check(LeaseName(tenant=KEY[0], task=TaskId("task-2"), generation=1))
         with pytest.raises(ConflictError):
             world.queue.leases.check(LeaseName(tenant=KEY[0], task=TaskId("task-1"), generation=1))

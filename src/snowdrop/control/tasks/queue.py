@@ -347,7 +347,7 @@ class TaskQueue:
         self._work = anyio.Event()
 
     async def _make_room(self, size_bytes: int) -> None:
-        """Drops the oldest ended tasks if a body would not fit otherwise; StorageFullError if that is not enough."""
+        """Drops the oldest ended tasks if a body does not fit; StorageFullError if that is not enough."""
         bound = self.settings.stored_bytes_max
         if self._stored_bytes + size_bytes > bound:
             await self.trim(spare_bytes=size_bytes)
