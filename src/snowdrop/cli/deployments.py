@@ -79,6 +79,8 @@ def deploy(  # noqa: PLR0917 -- the options of `snowdrop deploy`
             console.print(f"  {deployed.url}/")
         if spec.openai_paths:
             console.print(f"  model {chosen} at {deployed.url.rsplit('/', 1)[0]}/v1 for OpenAI's clients")
+        if not deployed.created:
+            console.print(f"  it takes over when it is ready: snowdrop rollout status {chosen}", style="dim")
         if spec.endpoints:
             console.print(f"  next: snowdrop call {chosen}{_example(spec)}", style="dim")
 
