@@ -42,11 +42,16 @@ class LandingTree:
         self._io = io
         self._boot_id = boot_id
         self._proven: dict[str, FileMark] = {}
+        self._removed: set[int] = set()
         self._unsynced = {directory, directory.parent}
 
     def path(self, index: int) -> Path:
         base = self.tree if self.is_complete[index] else self._partial
-        return base / self._manifest.files[index].path
+        found = base / self._manifest.files[index].path
+        if index in self._removed:
+            self._create(found, index)
+            self._removed.discard(index)
+        return found
 
     def open(self) -> None:
         """Makes the directories, and reads what an earlier process of this boot has proven."""
@@ -82,8 +87,7 @@ class LandingTree:
             self._io.unlink(inside)
         found = mark_of(outside)
         if found is None or found.size != entry.size:
-            self._io.create(outside, entry.size, (entry.mode & MODE_MASK) | 0o600)
-            self._unsynced.add(outside.parent)
+            self._create(outside, index)
         return min(found.size, entry.size) if found is not None else 0
 
     def publish(self, index: int) -> None:
@@ -105,8 +109,7 @@ class LandingTree:
             self._io.unlink(inside)
             self.is_complete[index] = False
             self._unsynced.add(inside.parent)
-            self._io.create(outside, entry.size, (entry.mode & MODE_MASK) | 0o600)
-            self._unsynced.add(outside.parent)
+            self._removed.add(index)  # made anew when it is next used: now there may be no room for it
             return False
         self.is_complete[index] = False
         return True
@@ -149,6 +152,11 @@ class LandingTree:
         # A record less costs a verification after a restart, no more.
         with suppress(OSError):
             write_proof(self._directory / "proof", self._boot_id, self._proven, self._io)
+
+    def _create(self, path: Path, index: int) -> None:
+        entry = self._manifest.files[index]
+        self._io.create(path, entry.size, (entry.mode & MODE_MASK) | 0o600)
+        self._unsynced.add(path.parent)
 
     def _move(self, source: Path, target: Path) -> None:
         self._io.replace(source, target)
