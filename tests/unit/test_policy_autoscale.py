@@ -175,3 +175,21 @@ def test_one_scales_down_only_when_both_windows_agree() -> None:
         run.at(float(second), 0, ready=4, peak=1)
     busy = [run.at(120.0 + second, 16, ready=4) for second in range(12)]
     assert {decision.desired for decision in busy[7:]} == {4}, "the long window alone would ask for fewer"
+
+
+def test_after_a_restart_of_control_no_replica_goes_before_a_whole_window_was_seen() -> None:
+    run = Run(Scale(max=10, target=1.0, stable_window_s=60.0, panic_window_s=6.0, idle_s=300.0), concurrency=4)
+    decisions = [run.at(500.0 + second, 2 if second % 10 else 30, ready=8).desired for second in range(60)]
+    assert min(decisions) == 8
+    assert [run.at(560.0 + second, 2, ready=8).desired for second in range(120)][-1] == 1
+
+
+def test_other_windows_of_a_new_revision_begin_anew() -> None:
+    run = Run(Scale(max=50, target=1.0, stable_window_s=20.0, panic_window_s=2.0, idle_s=900.0), concurrency=1)
+    for tick in range(200):
+        run.at(1_000.0 + tick * 0.5, 20, ready=20)
+    run.scale = Scale(max=50, target=1.0, stable_window_s=600.0, panic_window_s=60.0, idle_s=900.0)
+    for tick in range(2_000):
+        last = run.at(1_100.0 + tick * 0.5, 4, ready=20)
+    assert last.stable_load == 4.0, "buckets of the old width were counted with the new ones"
+    assert last.desired <= 5

@@ -35,6 +35,7 @@ def iterate(world: World, key: DeploymentKey, *, now_s: float, now_unix_ns: int)
     views = tuple(_view(world, name, replica) for name, replica in replicas)
     desired = 0 if entry.deployment.deleting else decision.desired
     desired, rival = rollouts.targets(world, key, desired, now_s=now_s, now_unix_ns=now_unix_ns)
+    rival = _bounded(entry, rival)
     plan = reconcile.plan(
         views,
         current=entry.revision.id,
@@ -60,6 +61,15 @@ def iterate(world: World, key: DeploymentKey, *, now_s: float, now_unix_ns: int)
         entry.rival_no_room = len(started) < plan.rival_starts
         orders += started
     return orders
+
+
+def _bounded(entry: DeploymentEntry, rival: reconcile.Rival | None) -> reconcile.Rival | None:
+    """The other revision of a rollout within its own bounds; those of the current one are part of the decision."""
+    bounds = entry.deployment.revision_bounds.get(rival.revision) if rival is not None else None
+    if rival is None or bounds is None or rival.desired == 0:
+        return rival
+    count = max(rival.desired, bounds.min or 0)
+    return msgspec.structs.replace(rival, desired=count if bounds.max is None else min(count, bounds.max))
 
 
 def next_look_s(entry: DeploymentEntry, now_s: float, now_unix_s: float) -> float | None:

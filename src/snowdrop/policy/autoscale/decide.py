@@ -150,7 +150,9 @@ def observe(state: AutoscaleState, seen: AutoscaleInput, now_s: float) -> tuple[
     if windows.sampled_s is None and seen.ready + seen.starting > 0:
         # Replicas without a history: control was restarted. What they served before counts as just now.
         windows = msgspec.structs.replace(windows, found=True)
-        state = msgspec.structs.replace(state, busy_s=now_s, previous=max(state.previous, 1))
+        # Its load of before is not known either: none goes before a whole window was seen.
+        hold, until_s = seen.ready + seen.starting, now_s + scale.stable_window_s
+        state = msgspec.structs.replace(state, busy_s=now_s, previous=1, hold=hold, hold_until_s=until_s)
     # What waits holds no slot yet; a peak above the slots was a queue.
     slots = max(seen.in_flight, seen.ready * seen.concurrency)
     windows = sample(
@@ -237,7 +239,7 @@ def judge(signals: Signals) -> AutoscaleDecision:
 def after(state: AutoscaleState, signals: Signals, decision: AutoscaleDecision, now_s: float) -> AutoscaleState:
     """What to remember of a decision. A deployment that has gone idle begins anew with its next request."""
     if decision.unbounded == 0:
-        windows = Windows(first_s=now_s, sampled_s=now_s)
+        windows = Windows(width_s=state.windows.width_s, sampled_s=now_s)
         return msgspec.structs.replace(state, windows=windows, previous=0, hold=0, hold_until_s=None)
     until_s = now_s + signals.stable_window_s if decision.holds_anew else state.hold_until_s
     hold = min(decision.hold, signals.bounds.max)
@@ -302,7 +304,7 @@ def _burst_want(signals: Signals) -> tuple[int, str]:
 def _hold_reason(signals: Signals, *, panic: int, panicking: bool) -> tuple[str, str]:
     if panicking or panic >= signals.hold:
         return "panic", f"panic: {signals.panic_load:.1f} in flight over {signals.panic_window_s:g} s"
-    return "hold", f"kept for {signals.hold_left_s:.0f} s after a burst"
+    return "hold", f"kept for {signals.hold_left_s:.0f} s after a burst or a restart of control"
 
 
 def _idle(signals: Signals, want: int, rule: str, reason: str) -> tuple[int, str, str]:

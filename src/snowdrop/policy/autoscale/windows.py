@@ -25,10 +25,10 @@ class Bucket(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Windows(msgspec.Struct, frozen=True, kw_only=True):
-    """`found` is set if replicas were there at the first look, which was at `first_s`."""
+    """`found` is set if what was before the first look is not known. Buckets are `width_s` wide."""
 
     buckets: tuple[Bucket, ...] = ()
-    first_s: float | None = None
+    width_s: float = 0.0
     sampled_s: float | None = None
     level: float = 0.0
     found: bool = False
@@ -36,12 +36,16 @@ class Windows(msgspec.Struct, frozen=True, kw_only=True):
 
 def sample(windows: Windows, *, level: float, peak: float, arrived: int, now_s: float, scale: Scale) -> Windows:
     """Adds the stretch since the last look, at the load that held through it, or its `peak` if that was higher."""
-    if windows.sampled_s is None:
-        made = Windows(first_s=now_s, sampled_s=now_s, level=level, found=windows.found)
-        return made if arrived == 0 else _note_arrivals(made, arrived, now_s, scale)
     width = bucket_s(scale)
+    if windows.sampled_s is None:
+        made = Windows(width_s=width, sampled_s=now_s, level=level, found=windows.found)
+        return made if arrived == 0 else _note_arrivals(made, arrived, now_s, scale)
+    if windows.width_s != width:
+        # A new revision has other windows: buckets of another width cannot be counted with these.
+        windows = Windows(width_s=width, sampled_s=windows.sampled_s, level=windows.level, found=True)
     buckets = list(windows.buckets)
-    start = max(windows.sampled_s, now_s - scale.stable_window_s)
+    sampled_s = windows.sampled_s if windows.sampled_s is not None else now_s
+    start = max(sampled_s, now_s - scale.stable_window_s)
     # The load during the stretch lies between its start and its peak; a burst inside it must not be averaged away.
     held = max(windows.level, peak)
     while start < now_s:
