@@ -9,6 +9,7 @@ import msgspec
 PASS_INTERVAL_S = 7 * 86_400.0
 """An artefact that was read through is left alone for so long."""
 
+CLOSE_S = 1e-3
 IDLE_WAIT_S_MAX = 600.0
 BUSY_WAIT_S = 1.0
 """While a load is under way the scrubber reads nothing; it looks again after this time."""
@@ -39,7 +40,8 @@ def next_pass(candidates: Sequence[ScrubCandidate], now_unix_s: float) -> NextPa
     oldest = min(candidates, key=lambda candidate: (candidate.scrubbed_unix_s, candidate.name))
     # A pass in the future is one before the clock was set back: its age is not known.
     age_s = now_unix_s - oldest.scrubbed_unix_s
-    if 0 <= age_s < PASS_INTERVAL_S:
+    # Less than CLOSE_S before its time it is due: times this large are not exact to the microsecond.
+    if 0 <= age_s < PASS_INTERVAL_S - CLOSE_S:
         wait_s = min(PASS_INTERVAL_S - age_s, IDLE_WAIT_S_MAX)
         return NextPass(name=None, wait_s=wait_s, reason=f"{oldest.name} was read {age_s:.0f} s ago")
     return NextPass(name=oldest.name, wait_s=0.0, reason="longest not read")
