@@ -106,6 +106,7 @@ async def test_data_plane_killed_the_agent_starts_it_again(own_platform: Platfor
 async def test_gateway_killed_the_address_stays(own_platform: Platform) -> None:
     platform = own_platform
     platform.deploy("basic.py:Echo", "address")
+    platform.run("scale", "address", "--max", "1", "--idle-s", "60")  # it must outlast the gateway's start
     async with session() as http:
         first = await echo(http, platform.url, "address")
         old = platform.kill("gateway")
