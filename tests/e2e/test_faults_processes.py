@@ -85,9 +85,7 @@ async def test_agent_killed_with_work_in_flight(own_platform: Platform) -> None:
     # Nothing of the dead replica is left.
     states = {r["key"]["replica"]: r["state"] for r in platform.run("describe", "worker")["recent"]}
     assert "failed" in states.values()
-    living = set(_replica_ids(platform, "worker"))
-    left = {path.stem for path in (platform.run_folder / "r").glob("*.sock")}
-    assert left == living
+    wait_until(lambda: _sockets(platform) == set(_replica_ids(platform, "worker")), "only the living have sockets")
 
 
 async def test_data_plane_killed_the_agent_starts_it_again(own_platform: Platform) -> None:
@@ -208,6 +206,10 @@ def _replica_ids(platform: Platform, name: str) -> list[str]:
         return [replica["key"]["replica"] for replica in platform.replicas(name)]
     except CommandError:
         return []  # control is on its way
+
+
+def _sockets(platform: Platform) -> set[str]:
+    return {path.stem for path in (platform.run_folder / "r").glob("*.sock")}
 
 
 def _has_receipt(platform: Platform, name: str) -> bool:

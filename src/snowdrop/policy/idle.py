@@ -87,6 +87,8 @@ def choose(gaps: Gaps, *, start_s: float, wait_price: float, fallback_s: float) 
 def _bucket(gap_s: float) -> int:
     if gap_s <= GAP_S_MIN:
         return 0
+    if gap_s >= _edge_s(BUCKETS - 1):
+        return BUCKETS - 1  # also what would overflow a division by the first edge
     return min(BUCKETS - 1, math.ceil(math.log(gap_s / GAP_S_MIN) / math.log(GROWTH) - 1e-9))
 
 
