@@ -51,6 +51,7 @@ class Bench:
         self.loop.send_gateways = self.published.append
         self.world.nodes[NODE] = NodeEntry(node_record(), "inc-1", "/agent.sock")
         self.world.gateways["gw-0"] = {}
+        self.loop.heard_load(LoadReport(gateway="gw-0", loads=()))
 
     async def start(self, **spec: object) -> None:
         await self.state.put_revision(revision(OLD, scale=SCALE))
@@ -196,6 +197,50 @@ async def test_a_restart_of_control_goes_on_where_it_was() -> None:
     assert await bench.stored() == before
     assert bench.weights() == {OLD: 0.75, NEW: 0.25}
     assert bench.sent == [], "nothing is started or drained by it"
+
+
+async def test_a_steps_answers_count_over_a_restart_of_control_and_those_of_before_do_not() -> None:
+    bench = Bench()
+    await bench.start(
+        steps=(RolloutStep(weight=0.25, s=0.0, requests_min=10), RolloutStep(weight=0.5, s=0.0, requests_min=30))
+    )
+    (name,) = await bench.ready(1)
+    old = [replica for replica, entry in bench.world.replicas.items() if entry.revision == OLD]
+    bench.answers(15)
+    await bench.look()
+    stored = (await bench.stored()).rollout
+    assert stored is not None
+    assert (stored.step, stored.before["gw-0"].done) == (1, 15)
+    bench.answers(25)
+    await bench.look()
+
+    bench.live()
+    await bench.loop.load()
+    bench.world.told.clear()
+    for replica in old:
+        bench.hear(replica, ReplicaState.READY, OLD)
+    bench.hear(name, ReplicaState.READY, NEW)
+    await bench.look(3)
+    assert (await bench.stored()).rollout == stored, "before the gateway has said what came of it"
+    bench.answers(44)
+    await bench.look(2)
+    assert (await bench.stored()).rollout == stored, "29 of 30: those of the step before are none of them"
+    bench.answers(45)
+    await bench.look()
+    going_on = (await bench.stored()).rollout
+    assert going_on is not None
+    assert going_on.step == 2, "those of before the restart count"
+
+
+async def test_a_gateway_that_forgot_a_revision_counts_from_zero() -> None:
+    bench = Bench()
+    await bench.start(steps=(RolloutStep(weight=0.25, s=0.0, requests_min=5), RolloutStep(weight=0.5, hold=True)))
+    await bench.ready(1)
+    bench.answers(1_000)
+    await bench.look()
+    bench.answers(30, 30)
+    await bench.look()
+    assert (await bench.stored()).rollouts[0].reason.startswith("30 of 30 answers")
 
 
 async def test_the_old_one_is_kept_warm_while_the_new_one_proves_itself() -> None:

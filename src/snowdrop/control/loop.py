@@ -99,6 +99,7 @@ class ControlLoop:
         loads = self.world.gateways.get(report.gateway)
         if loads is None:
             return
+        self.world.told.add(report.gateway)
         if report.waits:
             self._record_waits(report)
         first = not loads
@@ -122,6 +123,7 @@ class ControlLoop:
 
     def gateway_gone(self, gateway: str) -> None:
         self.world.gateways.pop(gateway, None)
+        self.world.told.discard(gateway)
         self.gateway_left(gateway)
         for key in self.world.deployments:
             self.poke(key)

@@ -179,6 +179,7 @@ class Peers:
         _replace(self._gateways.get(gateway))
         self._gateways[gateway] = send
         self._loop.world.gateways[gateway] = {}
+        self._loop.world.told.discard(gateway)
         send.send_nowait(self._table())
         log.info("gateway %s is here", gateway)
         try:

@@ -10,10 +10,10 @@ from snowdrop.control.world import DeploymentEntry, DeploymentKey, ReplicaEntry,
 from snowdrop.domain.deployment import Deployment, Revision
 from snowdrop.domain.ids import RevisionId
 from snowdrop.domain.replica import STARTING_STATES, ReplicaState
-from snowdrop.domain.rollout import Rollout, RolloutPhase
+from snowdrop.domain.rollout import Rollout, RolloutPhase, Sample
 from snowdrop.policy import reconcile, restart, rollout
-from snowdrop.policy.rollout import RolloutInput, Sample
-from snowdrop.wire.control import RevisionWeight
+from snowdrop.policy.rollout import RolloutInput
+from snowdrop.wire.control import RevisionLoad, RevisionWeight
 
 ENDED_KEPT_MAX = 10
 
@@ -27,8 +27,15 @@ def step(world: World, key: DeploymentKey, *, now_unix_ns: int) -> Deployment | 
     desired = entry.decision.desired if entry.decision is not None else None
     if desired is None:
         return None  # nothing was looked at yet in this life of control
+    heard = bool(world.gateways) and world.told >= set(world.gateways)
+    if active.phase is not RolloutPhase.STARTING and not heard:
+        return None  # what came of the traffic so far is not known, so nothing may be concluded from it
     following = rollout.decide(active, _seen(world, key, active, desired, now_unix_ns))
-    return None if following == active else with_rollout(entry.deployment, following)
+    if following == active:
+        return None
+    if (following.phase, following.step) != (active.phase, active.step) and not following.ended_unix_ns:
+        following = msgspec.structs.replace(following, before=_counted(world, key, active.candidate))
+    return with_rollout(entry.deployment, following)
 
 
 def with_rollout(deployment: Deployment, following: Rollout) -> Deployment:
@@ -133,18 +140,20 @@ def summary(deployment: Deployment) -> str:
 
 def samples(world: World, key: DeploymentKey, active: Rollout) -> tuple[Sample, Sample]:
     """Answers of the new revision since the step began, and all that are known of the old one."""
-    watch = world.deployments[key].watch
-    now = {
-        gateway: {each.revision: each for each in loads[key].revisions}
+    new = _counted(world, key, active.candidate)
+    since = [_less(sample, active.before.get(gateway)) for gateway, sample in new.items()]
+    return _sum(since), _sum(list(_counted(world, key, active.stable).values()))
+
+
+def _counted(world: World, key: DeploymentKey, revision: RevisionId) -> dict[str, Sample]:
+    """What each gateway has counted of a revision."""
+    return {
+        gateway: _sample(load)
         for gateway, loads in world.gateways.items()
         if key in loads
+        for load in loads[key].revisions
+        if load.revision == revision
     }
-    current = (f"{active.candidate} {active.phase}", active.step)
-    if watch.step != current:
-        watch.step = current
-        watch.before = {name: _sample(found.get(active.candidate)) for name, found in now.items()}
-    new = [_less(_sample(found.get(active.candidate)), watch.before.get(name)) for name, found in now.items()]
-    return _sum(new), _sum([_sample(found.get(active.stable)) for found in now.values()])
 
 
 def _seen(world: World, key: DeploymentKey, active: Rollout, desired: int, now_unix_ns: int) -> RolloutInput:
@@ -179,13 +188,13 @@ def _weight(revision: RevisionId, role: Literal["stable", "candidate"], weight: 
     return RevisionWeight(revision=revision, role=role, weight=weight)
 
 
-def _sample(load: object) -> Sample:
-    return msgspec.convert(load, Sample, from_attributes=True) if load is not None else Sample()
+def _sample(load: RevisionLoad) -> Sample:
+    return Sample(done=load.done, failed=load.failed, latency=load.latency)
 
 
 def _less(now: Sample, before: Sample | None) -> Sample:
-    """What came since `before`."""
-    if before is None:
+    """What came since `before`. A counter that fell began anew: its gateway had forgotten the revision."""
+    if before is None or now.done < before.done:
         return now
     padded = (*before.latency, *([0] * (len(now.latency) - len(before.latency))))
     return Sample(

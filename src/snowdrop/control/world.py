@@ -20,7 +20,6 @@ from snowdrop.policy.autoscale.record import ScalingRecord
 from snowdrop.policy.idle import IdleChoice
 from snowdrop.policy.placement import NodeView
 from snowdrop.policy.restart import StartHistory
-from snowdrop.policy.rollout import Sample
 from snowdrop.policy.schedule import Bounded
 from snowdrop.wire.control import DeploymentLoad, StartReplica
 
@@ -51,13 +50,6 @@ class ReplicaEntry(msgspec.Struct):
     @property
     def state(self) -> ReplicaState:
         return self.report.state if self.report is not None else ReplicaState.PENDING
-
-
-class RolloutWatch(msgspec.Struct):
-    """What gateways had counted of the new revision when a rollout's step began: `before` by gateway."""
-
-    step: tuple[str, int] | None = None
-    before: dict[str, Sample] = msgspec.field(default_factory=dict)
 
 
 class ScalingMemory(msgspec.Struct):
@@ -91,7 +83,6 @@ class DeploymentEntry(msgspec.Struct):
     rival: Revision | None = None
     rival_starts: StartHistory = StartHistory()
     rival_no_room: bool = False
-    watch: RolloutWatch = msgspec.field(default_factory=RolloutWatch)
     parked_until_unix_ns: int = 0
     is_half_open: bool = False
     scaling: ScalingMemory = msgspec.field(default_factory=ScalingMemory)
@@ -116,7 +107,8 @@ class World:
     """Plain data with the questions that loop and API ask of it.
 
     Replicas that have been idle for `make_room_idle_s` give way to a start that finds no room (None: they never
-    do); `disturbed` are deployments that lost some so and must be looked at.
+    do); `disturbed` are deployments that lost some so and must be looked at. `told` are the gateways that have
+    said what they hold since they are connected.
     """
 
     def __init__(self) -> None:
@@ -124,6 +116,7 @@ class World:
         self.replicas: dict[ReplicaId, ReplicaEntry] = {}
         self.nodes: dict[NodeId, NodeEntry] = {}
         self.gateways: dict[str, dict[DeploymentKey, DeploymentLoad]] = {}
+        self.told: set[str] = set()
         self.ended: dict[ReplicaId, int] = {}
         self.make_room_idle_s: float | None = None
         self.disturbed: set[DeploymentKey] = set()

@@ -83,10 +83,20 @@ class RolloutPhase(StrEnum):
     SUPERSEDED = "superseded"
 
 
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """Answers of one revision: how many, how many of them failed, and a histogram of their times to first byte."""
+
+    done: int = 0
+    failed: int = 0
+    latency: tuple[int, ...] = ()
+
+
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     """One rollout, stored with its deployment. Times are unix ns; `step_unix_ns` is 0 while no time counts.
 
-    In SHIFTING, `step` counts the spec's steps; equal to their number, full traffic is being prepared.
+    In SHIFTING, `step` counts the spec's steps; equal to their number, full traffic is being prepared. `before`
+    is what each gateway had counted of the candidate when the step began. Gateways count on while control is
+    away, so the step's answers are the difference, whoever asks for it.
     """
 
     candidate: RevisionId
@@ -99,6 +109,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 0.0
     paused: bool = False
     reason: str = ""
+    before: dict[str, Sample] = msgspec.field(default_factory=dict)
     ended_unix_ns: int = 0
 
 

@@ -11,7 +11,7 @@ import math
 
 import msgspec
 
-from snowdrop.domain.rollout import Rollout, RolloutPhase, RolloutSpec
+from snowdrop.domain.rollout import Rollout, RolloutPhase, RolloutSpec, Sample
 
 LATENCY_S_MIN = 0.001
 LATENCY_BUCKETS = 40
@@ -20,14 +20,6 @@ CONFIDENCE_Z = 2.33
 """One-sided 99 %."""
 OLD_QUANTILE = 0.95
 SLOW_SHARE_MAX = 0.10
-
-
-class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """Answers of one revision: how many, how many of them failed, and a histogram of their times to first byte."""
-
-    done: int = 0
-    failed: int = 0
-    latency: tuple[int, ...] = ()
 
 
 class RolloutInput(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +67,7 @@ def decide(rollout: Rollout, seen: RolloutInput) -> Rollout:
 
 def ended(rollout: Rollout, phase: RolloutPhase, reason: str, now_unix_ns: int) -> Rollout:
     """The rollout with its end."""
-    return msgspec.structs.replace(rollout, phase=phase, reason=reason, ended_unix_ns=now_unix_ns)
+    return msgspec.structs.replace(rollout, phase=phase, reason=reason, before={}, ended_unix_ns=now_unix_ns)
 
 
 def promoted(rollout: Rollout, now_unix_ns: int) -> Rollout:
