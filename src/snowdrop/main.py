@@ -180,6 +180,7 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
         registry = process_registry()
         metrics = ControlMetrics(registry, loop.world)
         loop.replica_changed, peers.caller_served = metrics.replica_changed, metrics.caller_served
+        loop.rollout_ended = metrics.rollout_ended
         loop.secrets = await Secrets.open(state, layout.secret_keys, loop.world)
         loop.volumes = Volumes(layout.volumes, settings.agent, loop.world)
         durable = ControlTasks(

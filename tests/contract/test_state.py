@@ -130,7 +130,11 @@ class TestDeployments:
         await state.put_replica(report(state=ReplicaState.STOPPED))
         await state.put_receipt(receipt())
         await state.append_usage((usage(1),))
+        await state.scaling.put_learned(DEFAULT_TENANT, NAME, Learned(done=1.0))
+        await state.scaling.put_learned(OTHER, NAME, Learned(done=2.0))
         assert await state.delete_deployment(DEFAULT_TENANT, NAME, expected_generation=1) is True
+        assert await state.scaling.get_learned(DEFAULT_TENANT, NAME) is None
+        assert await state.scaling.get_learned(OTHER, NAME) == Learned(done=2.0)
         assert await state.delete_deployment(DEFAULT_TENANT, NAME, expected_generation=1) is False
         assert await state.list_deployments(None) == []
         assert await state.list_revisions(DEFAULT_TENANT, NAME) == []

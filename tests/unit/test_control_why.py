@@ -103,8 +103,8 @@ async def test_decisions_and_what_was_learned_outlive_control() -> None:
     world.entry().scaling.recorded = None
     world.loop._record_decision(world.entry())
     await _write_all(world.loop)
-    await state.put_receipt(receipt("rep-1", started=0, ready=3_000_000_000))
-    await state.put_receipt(receipt("rep-2", started=1, ready=9_000_000_000, outcome="failed: it broke"))
+    await state.put_receipt(receipt("rep-1", started=10, ready=3_000_000_010))
+    await state.put_receipt(receipt("rep-2", started=11, ready=9_000_000_000, outcome="failed: it broke"))
     after = ControlLoop(state, Recorder(), tick_s=0.5, clock=lambda: 50.0)
     await after.load()
     again = after.world.deployments[KEY].scaling.learned

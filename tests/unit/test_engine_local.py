@@ -17,6 +17,7 @@ import pytest
 from agent_helpers import WAIT_S_MAX, open_fds
 from snowdrop.domain.errors import PlatformDownError, TimedOutError
 from snowdrop.domain.layout import StateLayout
+from snowdrop.domain.secret import KEYS_VARIABLE
 from snowdrop.domain.settings import AgentSettings, GatewaySettings, Settings
 from snowdrop.engine import local
 from snowdrop.engine.local import PlatformRecord, Supervisor, is_running, read_record, take_lock
@@ -114,6 +115,19 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Superviso
     monkeypatch.setattr(local, "STOP_MARGIN_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield SupervisorBench(layout, listener)
+
+
+async def test_the_platforms_keys_are_in_the_environment_of_control_alone(
+    bench: SupervisorBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEYS_VARIABLE, "the-key")
+    monkeypatch.setenv("SNOWDROP_OTHER", "for all")
+    seen = PROCESS + f"note(os.environ.get({KEYS_VARIABLE!r}, 'nothing') + ' ' + os.environ['SNOWDROP_OTHER'])\n"
+    bench.programs = dict.fromkeys(bench.programs, seen + SERVE[len(PROCESS) :])
+    async with bench.up():
+        notes = bench.notes()
+    assert "control the-key for all" in notes
+    assert {"agent nothing for all", "gateway nothing for all"} <= set(notes)
 
 
 async def test_control_is_up_before_the_others_and_stops_after_them(bench: SupervisorBench) -> None:

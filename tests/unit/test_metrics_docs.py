@@ -32,12 +32,34 @@ def test_every_metric_is_described_and_what_is_described_exists() -> None:
     assert len(_declared()) > 25
 
 
-def test_the_dashboard_shows_metrics_that_exist() -> None:
-    shown = set()
+def _samples() -> dict[str, set[str]]:
+    """Names of samples as Prometheus has them, with their labels, by the reference's types."""
+    found: dict[str, set[str]] = {}
+    rows = re.findall(r"^\| `(snowdrop_[a-z_]+)` \| (\w+) \| ([^|]*)\|", REFERENCE, re.MULTILINE)
+    for name, kind, labels in rows:
+        names = {word.strip() for word in labels.split(",") if word.strip()} | {"process", "node"}
+        assert (kind == "counter") == name.endswith("_total"), name
+        if kind == "histogram":
+            found |= {name + "_bucket": names | {"le"}, name + "_sum": names, name + "_count": names}
+        else:
+            found[name] = names
+    return found
+
+
+def test_the_dashboard_asks_only_for_samples_and_labels_that_exist() -> None:
+    known = _samples()
+    shown: set[str] = set()
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", []):
-            shown |= {SUFFIXES.sub("", name) for name in re.findall(r"snowdrop_[a-z_]+", target["expr"])}
-    assert shown <= _declared()
+            expr = target["expr"]
+            asked = set(re.findall(r"snowdrop_[a-z_]+", expr))
+            assert asked <= known.keys(), panel["title"]
+            shown |= {SUFFIXES.sub("", name) for name in asked}
+            used = {word.strip() for words in re.findall(r"by \(([^)]*)\)", expr) for word in words.split(",")}
+            used |= set(re.findall(r"([a-z_]+)(?:=~|!~|!=|=)\"", expr))
+            used |= set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+            for name in asked:
+                assert used <= known[name], (panel["title"], name)
     assert len(shown) > 15
 
 

@@ -69,7 +69,8 @@ class Deploying:
                     name=deployment_name,
                     revision=revision.id,
                     generation=generation + 1,
-                    created_unix_ns=stored.created_unix_ns if stored else revision.created_unix_ns,
+                    # Later than the one that is being deleted, even if the clock was set back meanwhile.
+                    created_unix_ns=max(revision.created_unix_ns, stored.created_unix_ns + 1 if stored else 0),
                 )
             else:
                 deployment = self.rolling(stored, revision.id, revision.spec.rollout, revision.created_unix_ns)

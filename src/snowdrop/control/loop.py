@@ -22,6 +22,7 @@ from snowdrop.domain.deployment import Deployment
 from snowdrop.domain.errors import ConflictError, SnowdropError
 from snowdrop.domain.ids import NodeId, ReplicaId
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
+from snowdrop.domain.rollout import Rollout
 from snowdrop.policy import restart
 from snowdrop.policy.autoscale.learned import STARTS_KEPT
 from snowdrop.state.port import StateStore
@@ -55,6 +56,7 @@ class ControlLoop:
         self.gateway_left: Callable[[str], None] = lambda _gateway: None
         self.send_gateways: Callable[[Message], None] = lambda _message: None
         self.replica_changed: Callable[[ReplicaReport, bool], None] = lambda _report, _just_ready: None
+        self.rollout_ended: Callable[[DeploymentKey, Rollout], None] = lambda _key, _rollout: None
         self._tick_s = tick_s
         self._clock = clock
         self._dirty: set[DeploymentKey] = set()
@@ -85,7 +87,13 @@ class ControlLoop:
             entry = DeploymentEntry(deployment, revision, rival=rival)
             await self._restore_scaling(entry)
             self.world.deployments.setdefault(key, entry)
-        elif not rollouts.is_older(deployment, entry.deployment):
+        elif rollouts.is_older(deployment, entry.deployment):
+            pass
+        elif deployment.created_unix_ns != entry.deployment.created_unix_ns:
+            # Made anew before the old one's last replica had ended: what that one taught says nothing of this one.
+            self.world.deployments[key] = DeploymentEntry(deployment, revision, rival=rival)
+        else:
+            self._tell_ended(key, entry.deployment, deployment)
             rollouts.acted(entry, deployment, revision, rival)
         self.poke(key)
 
@@ -224,9 +232,14 @@ class ControlLoop:
             return
         entry = self.world.deployments[key]
         if not rollouts.is_older(changed, entry.deployment):
+            self._tell_ended(key, entry.deployment, changed)
             rollouts.stepped(entry, changed)
             log.info("rollout of %s/%s: %s", *key, rollouts.summary(changed))
         self.poke(key)
+
+    def _tell_ended(self, key: DeploymentKey, before: Deployment, after: Deployment) -> None:
+        for ended in rollouts.newly_ended(before, after):
+            self.rollout_ended(key, ended)
 
     async def _send_order(self, order: Order) -> None:
         message = order.message
@@ -315,10 +328,12 @@ class ControlLoop:
         if made is None:
             return
         store, kept, learned = self.state.scaling, made, entry.scaling.learned
+        deployments = self.world.deployments
 
         async def write() -> None:
             await store.put_decision(kept)
-            await store.put_learned(kept.tenant, kept.deployment, learned)
+            if deployments.get((kept.tenant, kept.deployment)) is entry:  # it may have been deleted meanwhile
+                await store.put_learned(kept.tenant, kept.deployment, learned)
 
         self.recorder.add(f"decision on {made.tenant}/{made.deployment}", write)
 
@@ -334,7 +349,8 @@ class ControlLoop:
         """What an earlier life of control learned: start-up times from receipts, the rest as it was kept."""
         key = (entry.deployment.tenant, entry.deployment.name)
         receipts = await self.state.list_receipts(*key, limit=STARTS_KEPT)
-        ended_well = [r for r in reversed(receipts) if r.outcome == "ready"]
+        since_unix_ns = entry.deployment.created_unix_ns  # one of that name may have been deleted before
+        ended_well = [r for r in reversed(receipts) if r.outcome == "ready" and r.started_unix_ns >= since_unix_ns]
         starts_s = [(r.ready_unix_ns - r.started_unix_ns) / 1e9 for r in ended_well]
         scaling.restore(entry, await self.state.scaling.get_learned(*key), starts_s)
 

@@ -13,11 +13,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from snowdrop.control.rollout_metrics import RolloutsNow
 from snowdrop.control.world import DeploymentKey, World
 from snowdrop.domain.deployment import DeploymentHealth
 from snowdrop.domain.ids import ReceiptId, TenantId
 from snowdrop.domain.receipt import CallerTimes
 from snowdrop.domain.replica import TERMINAL_STATES, ReplicaReport, ReplicaState
+from snowdrop.domain.rollout import Rollout
 from snowdrop.domain.usage import UsageTotal
 from snowdrop.state.port import StateStore
 
@@ -58,8 +60,15 @@ class ControlMetrics:
             (*OF_DEPLOYMENT, "tier"),
             registry=registry,
         )
+        self._rollouts = Counter(
+            "snowdrop_rollouts",
+            "Rollouts that ended, by how: done, rolled-back, aborted, superseded.",
+            (*OF_DEPLOYMENT, "outcome"),
+            registry=registry,
+        )
         self._served: dict[ReceiptId, None] = {}
         registry.register(_WorldNow(world))
+        registry.register(RolloutsNow(world))
 
     def replica_changed(self, report: ReplicaReport, just_ready: bool) -> None:
         """To be called once for each new report of a replica."""
@@ -77,6 +86,10 @@ class ControlMetrics:
         elif report.state in TERMINAL_STATES and not was_ready:
             failed = report.state is ReplicaState.FAILED
             self._starts.labels(*labels, "failed" if failed else "cancelled").inc()
+
+    def rollout_ended(self, key: DeploymentKey, ended: Rollout) -> None:
+        """To be called once for each."""
+        self._rollouts.labels(*key, ended.phase).inc()
 
     def caller_served(self, receipt: ReceiptId, caller: CallerTimes) -> None:
         """Somebody waited for a start; gateways say it until they hear that it is stored."""

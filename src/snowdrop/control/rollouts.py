@@ -54,7 +54,8 @@ def with_rollout(deployment: Deployment, following: Rollout) -> Deployment:
 
 def is_older(deployment: Deployment, known: Deployment) -> bool:
     """Whether another writer's later value is known already. A deployment made anew begins to count again."""
-    return deployment.created_unix_ns == known.created_unix_ns and deployment.generation < known.generation
+    made, known_made = deployment.created_unix_ns, known.created_unix_ns
+    return made < known_made or (made == known_made and deployment.generation < known.generation)
 
 
 def acted(entry: DeploymentEntry, deployment: Deployment, revision: Revision, rival: Revision | None) -> None:
@@ -76,6 +77,12 @@ def stepped(entry: DeploymentEntry, deployment: Deployment) -> None:
     if deployment.rollout is None:
         entry.rival, entry.rival_starts = None, restart.StartHistory()
     entry.deployment = deployment
+
+
+def newly_ended(before: Deployment, after: Deployment) -> list[Rollout]:
+    """Rollouts that ended between two values of one deployment."""
+    known = {(each.began_unix_ns, each.candidate) for each in before.rollouts}
+    return [each for each in after.rollouts if (each.began_unix_ns, each.candidate) not in known]
 
 
 def targets(

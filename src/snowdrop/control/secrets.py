@@ -14,10 +14,10 @@ from snowdrop.control.world import World
 from snowdrop.domain.deployment import Revision
 from snowdrop.domain.errors import ConflictError, InvalidInputError, NotFoundError
 from snowdrop.domain.ids import DeploymentName, TenantId, parse_name
-from snowdrop.domain.secret import SECRET_BYTES_MAX, SecretRecord, SecretValue
+from snowdrop.domain.secret import KEYS_VARIABLE, SECRET_BYTES_MAX, SecretRecord, SecretValue
 from snowdrop.policy import restart
 from snowdrop.state.port import StateStore
-from snowdrop.tenancy.secrets import KEYS_VARIABLE, PlatformKeys, rewrap, seal, unseal
+from snowdrop.tenancy.secrets import PlatformKeys, rewrap, seal, unseal
 from snowdrop.wire.api import Rotated, SecretView
 from snowdrop.wire.control import StartReplica
 

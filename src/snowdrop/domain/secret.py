@@ -10,6 +10,8 @@ SECRET_BYTES_MIN = 4
 """Shorter ones could not be found in logs without striking out half of them."""
 SECRETS_PER_SERVICE_MAX = 32
 SECRETS_FOLDER = "/dev/shm/secrets"  # noqa: S108 -- in the replica's own tmpfs
+KEYS_VARIABLE = "SNOWDROP_SECRET_KEYS"
+"""The platform's keys: each 32 bytes in base64, separated by commas; the first is used for what is written."""
 FILE_MARK = "file:"
 """`secrets={"file:tls.pem": "tls-key"}` gives a file instead of an environment variable."""
 

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import anyio
@@ -22,6 +22,7 @@ import msgspec
 
 from snowdrop.domain.errors import PlatformDownError, SnowdropError, TimedOutError
 from snowdrop.domain.layout import StateLayout
+from snowdrop.domain.secret import KEYS_VARIABLE
 from snowdrop.domain.settings import Settings
 
 READY_S_MAX = 15.0
@@ -133,7 +134,8 @@ class Supervisor:
                 _rotate(log_path)
                 said_bytes = _size_bytes(log_path)
                 fds = (writer, self._listener.fileno())
-                self._processes[name] = _spawn(self._command(name, writer), log_path, fds)
+                env = environment_of(name, os.environ)
+                self._processes[name] = _spawn(self._command(name, writer), log_path, fds, env)
             except OSError as error:
                 raise PlatformDownError(
                     f"{name} cannot be started: {error}",
@@ -211,9 +213,18 @@ class Supervisor:
         fresh.replace(self._layout.platform)
 
 
-def _spawn(command: list[str], log_path: Path, fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
+def environment_of(name: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """A process's environment: the platform's keys are for control alone, not for the agent and what it starts."""
+    return {key: value for key, value in environ.items() if name == "control" or key != KEYS_VARIABLE}
+
+
+def _spawn(
+    command: list[str], log_path: Path, fds: tuple[int, ...], env: dict[str, str]
+) -> subprocess.Popen[bytes]:
     with open(log_path, "ab") as output:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=fds)
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=fds, env=env
+        )
 
 
 async def _wait(process: subprocess.Popen[bytes]) -> None:

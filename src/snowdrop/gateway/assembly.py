@@ -26,6 +26,7 @@ from snowdrop.gateway.app import build_app
 from snowdrop.gateway.broker import Broker, LocalBroker, RemoteBroker
 from snowdrop.gateway.calls.door import serving_calls
 from snowdrop.gateway.carrier import Carrier
+from snowdrop.gateway.edge.gauges import QueueGauges
 from snowdrop.gateway.edge.listen import kept_http2, listen_http2
 from snowdrop.gateway.edge.metrics import MetricsApp, metrics_peers, serving_metrics
 from snowdrop.gateway.edge.server import BACKLOG, EdgeServer, Listening, spare_collector
@@ -120,6 +121,7 @@ async def run_gateway(
     link = ControlLink(str(layout.link_socket), name, owner)
     registry = process_registry()
     registry.register(owner.counts)
+    registry.register(QueueGauges(core))
     certificate = open_certificate(gateway)
     with ExitStack() as sockets:
         listening = [

@@ -94,6 +94,7 @@ class MemoryState:
         for key in [k for k in self._revisions if k[:2] == (tenant, name)]:
             del self._revisions[key]
         del self._deployments[tenant, name]
+        self.scaling.forget(tenant, name)
         return True
 
     async def put_replica(self, report: ReplicaReport) -> None:

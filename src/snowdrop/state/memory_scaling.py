@@ -33,6 +33,10 @@ class MemoryScaling:
     async def get_learned(self, tenant: TenantId, deployment: DeploymentName) -> Learned | None:
         return self._learned.get((tenant, deployment))
 
+    def forget(self, tenant: TenantId, deployment: DeploymentName) -> None:
+        """What was learned of a deployment that is gone."""
+        self._learned.pop((tenant, deployment), None)
+
     async def put_waits(self, waits: tuple[WaitRecord, ...]) -> None:
         for wait in waits:
             self._waits[wait.tenant, wait.request_id, wait.ended_unix_ns] = wait

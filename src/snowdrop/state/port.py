@@ -91,7 +91,8 @@ class StateStore(Protocol):
         ...
 
     async def delete_deployment(self, tenant: TenantId, name: DeploymentName, *, expected_generation: int) -> bool:
-        """Removes it and its revisions if it is still of that generation; receipts, replicas and usage stay.
+        """Removes it, its revisions and what was learned of it, if it is still of that generation; receipts,
+        replicas and usage stay.
 
         Whether it was removed.
         """

@@ -165,7 +165,8 @@ class SqliteState:
             sql = "DELETE FROM deployment WHERE tenant=? AND name=? AND generation=?"
             gone = db.execute(sql, (tenant, name, expected_generation)).rowcount > 0
             if gone:
-                db.execute("DELETE FROM revision WHERE tenant=? AND deployment=?", (tenant, name))
+                for table in ("revision", "scaling_learned"):
+                    db.execute(f"DELETE FROM {table} WHERE tenant=? AND deployment=?", (tenant, name))  # noqa: S608
             return gone
 
         return await self._transaction(work)

@@ -22,10 +22,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from snowdrop.domain.errors import ConflictError, InvalidInputError, NotFoundError, SnowdropError
-from snowdrop.domain.secret import SecretRecord, SecretValue, check_value
+from snowdrop.domain.secret import KEYS_VARIABLE, SecretRecord, SecretValue, check_value
 
-KEYS_VARIABLE = "SNOWDROP_SECRET_KEYS"
-"""Keys of 32 bytes in base64, separated by commas; the first is used for what is written."""
 KEY_BYTES = 32
 NONCE_BYTES = 12
 KEY_FILES_MAX = 1_000
