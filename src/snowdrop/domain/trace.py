@@ -69,7 +69,8 @@ def begin_trace(
         span_id=_fresh(64, rng),
         parent_id=parent_id,
         sampled=sampled,
-        state=state if len(state) <= TRACESTATE_CHARS_MAX else "",
+        # By the format it is printable ASCII; anything else would break exporters that encode it.
+        state=state if len(state) <= TRACESTATE_CHARS_MAX and state.isascii() else "",
     )
 
 

@@ -269,8 +269,8 @@ class RemoteBroker:
         if self._gone.is_set():
             raise _owner_gone()
         ticket = self._tickets.number()
+        self._say(_asks(call, ticket))  # what cannot be said raises, and nobody waits for its answer
         future = self._tickets.open(ticket, news)
-        self._say(_asks(call, ticket))
         try:
             granted: Granted = await future
         except asyncio.CancelledError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import anyio
 import anyio.abc
 
@@ -13,6 +15,7 @@ from snowdrop.wire.stream import MessageStream
 
 RECONNECT_S = 0.1
 OUTBOX_MAX = 10_000
+log = logging.getLogger("snowdrop.gateway")
 
 
 class ControlLink:
@@ -72,11 +75,18 @@ class ControlLink:
             dirty, self._load_dirty = self._load_dirty, False
             try:
                 if dirty:
-                    await messages.send(self._owner.load_report())
+                    await self._send(messages, self._owner.load_report())
                 for message in outbox:
-                    await messages.send(message)
+                    await self._send(messages, message)
             except anyio.BrokenResourceError:
                 return
+
+    async def _send(self, messages: MessageStream[ToGateway], message: Message) -> None:
+        """One message that cannot be encoded is lost; it must not end the gateway and all requests."""
+        try:
+            await messages.send(message)
+        except ProtocolError as error:
+            log.error("not told to control: %s", error)
 
 
 def _refused(message: LinkRefused) -> SnowdropError:

@@ -19,6 +19,8 @@ from snowdrop.gateway.call import ANY_WAIT, WaitOptions
 
 CALLER_CHARS_MAX = 128
 EVENT_STREAM = "text/event-stream"
+PRIORITY_MAX = 1_000_000
+"""In either direction; what a deployment allows is far less."""
 
 
 class Preferences(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,9 +55,25 @@ def read_preferences(headers: CIMultiDictProxy[str]) -> Preferences:
         ),
         deadline_unix_s=_deadline(timeout, deadline),
         respond_async="respond-async" in preferred,
-        caller=caller[:CALLER_CHARS_MAX],
+        caller=text_of("snowdrop-caller", caller[:CALLER_CHARS_MAX]),
         applied={"preference-applied": f"wait={preferred['wait']}"} if wait_s is not None else None,
     )
+
+
+def text_of(name: str, given: str) -> str:
+    """A header's value that is kept or passed on as text. Raises InvalidInputError for bytes that are no UTF-8.
+
+    HTTP lets any byte through; one that is no text would break whatever encodes it later, far from its sender.
+    """
+    if given.isascii():  # nearly always
+        return given
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            "the header's value is not UTF-8", where=f"header {name}", next_step="send plain text"
+        ) from error
+    return given
 
 
 def wants_events(accept: str) -> bool:
@@ -87,12 +105,14 @@ def _wait_s(preferred: Mapping[str, str]) -> float | None:
 
 
 def _priority(given: str) -> int:
-    try:
-        return int(given)
-    except ValueError as error:
+    digits = given.strip().removeprefix("-")
+    if not digits.isascii() or not digits.isdigit() or len(digits) > 7 or int(digits) > PRIORITY_MAX:
         raise InvalidInputError(
-            f"{given[:32]!r} is no priority", where="header snowdrop-priority", next_step="send a whole number"
-        ) from error
+            f"{given[:32]!r} is no priority",
+            where="header snowdrop-priority",
+            next_step=f"send a whole number between {-PRIORITY_MAX} and {PRIORITY_MAX}",
+        )
+    return int(given)
 
 
 def _deadline(timeout: str | None, deadline: str | None) -> float | None:

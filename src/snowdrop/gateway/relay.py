@@ -18,7 +18,7 @@ from snowdrop.gateway.call import Body, Call, Caller, CallerGoneError
 from snowdrop.gateway.carrier import HOP_BY_HOP, Carrier, without
 from snowdrop.gateway.edge.websocket import Websocket, wants_websocket
 from snowdrop.gateway.httpsink import HttpSink, error_response
-from snowdrop.gateway.preferences import Preferences, read_preferences
+from snowdrop.gateway.preferences import Preferences, read_preferences, text_of
 from snowdrop.tenancy.keys import bearer, key_sha256
 
 REQUEST_ID_CHARS_MAX = 128
@@ -124,7 +124,7 @@ def make_call(
         if request.method != hdrs.METH_HEAD
         else msgspec.structs.replace(asked.wait, progress=False),
         deadline_unix_s=asked.deadline_unix_s,
-        revision=request.headers.get(REVISION_HEADER, ""),
+        revision=text_of(REVISION_HEADER, request.headers.get(REVISION_HEADER, "")),
     )
 
 
@@ -143,7 +143,9 @@ def headers_up(request: web.Request) -> CIMultiDict[str]:
 
 def request_id_of(request: web.Request) -> str:
     """The client's own id for it, or a new one."""
-    return request.headers.get("x-request-id", "")[:REQUEST_ID_CHARS_MAX] or fresh_request_id()
+    given = request.headers.get("x-request-id", "")[:REQUEST_ID_CHARS_MAX]
+    # It goes into logs, records and terminals: what does not print is none.
+    return given if given and given.isascii() and given.isprintable() else fresh_request_id()
 
 
 def fresh_request_id() -> str:

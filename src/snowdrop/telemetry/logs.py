@@ -60,7 +60,8 @@ def _line(done: RequestDone) -> tuple[str, str, str, str, int, float, float, str
     return (
         "%s %s/%s %d in %.3f s (%.3f s queued) request_id=%s%s",
         done.method or done.kind,
-        done.deployment,
+        # A name that nobody serves is whatever its caller wrote: it must not make lines of its own.
+        done.deployment if done.deployment.isprintable() else repr(done.deployment),
         done.path.lstrip("/"),
         done.status,
         done.total_s,

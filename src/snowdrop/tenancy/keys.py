@@ -30,7 +30,7 @@ def bearer(header: str | None) -> str | None:
     if header is None:
         return None
     scheme, _, secret = header.partition(" ")
-    if scheme.lower() != "bearer" or not secret.strip():
+    if scheme.lower() != "bearer" or not secret.strip() or not secret.isascii():
         raise UnauthorisedError(
             "the Authorization header is not of the form `Bearer KEY`", where="header authorization"
         )

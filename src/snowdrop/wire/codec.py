@@ -28,7 +28,11 @@ class Codec(Generic[T]):
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     def encode(self, message: Message) -> bytes:
-        data = self._encoder.encode(message)
+        """The message's bytes; raises ProtocolError if it is too large, or holds what has no encoding."""
+        try:
+            data = self._encoder.encode(message)
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise ProtocolError(f"message {type(message).__name__}: {error}", where="wire") from error
         if len(data) > FRAME_BYTES_MAX:
             raise ProtocolError(
                 f"message {type(message).__name__} has {len(data)} bytes",

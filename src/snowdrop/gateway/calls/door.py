@@ -83,7 +83,7 @@ class CallDoor:
         except SnowdropError as error:
             return error_response(error, request_id)
         except CallerGoneError:
-            return web.Response(status=499)
+            return sink.abandoned()
         return sink.response
 
     async def unknown(self, request: web.Request) -> web.Response:

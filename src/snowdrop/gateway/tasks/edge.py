@@ -21,6 +21,7 @@ from snowdrop.tenancy.keys import bearer, key_sha256
 from snowdrop.wire.tasks import KEY_HEADER, TASK_HEADER, WAIT_S_MAX, NewTask
 
 WEBHOOK_HEADER = "snowdrop-webhook"
+TOLD = ("idempotency-key", "content-type", "range")
 NO_LENGTH = DROPPED_DOWN - {"content-length"}
 # Of the request that becomes a task: what is no part of the call itself.
 NOT_OF_THE_CALL = frozenset({"prefer", "idempotency-key", WEBHOOK_HEADER, "snowdrop-timeout", "snowdrop-deadline"})
@@ -61,7 +62,8 @@ class TaskEdge:
     async def respond_async(self, request: web.Request, call: Call) -> web.StreamResponse:
         """Makes a task of a call. With `Prefer: respond-async, wait=N` its answer, if it is there within N s."""
         headers = {name: value for name, value in call.headers.items() if name.lower() not in NOT_OF_THE_CALL}
-        if not all(value.isascii() for value in headers.values()):
+        kept = (request.headers.get(name, "") for name in (WEBHOOK_HEADER, *TOLD))
+        if not all(value.isascii() for value in (*headers.values(), *kept)):
             raise InvalidInputError("headers of a task are plain ASCII", where="headers")
         new = NewTask(
             deployment=call.deployment,
@@ -88,9 +90,11 @@ class TaskEdge:
         try:
             secret = bearer(request.headers.get(hdrs.AUTHORIZATION))
             told = {KEY_HEADER: key_sha256(secret) if secret is not None else ""}
-            for name in ("idempotency-key", "content-type", "range"):
+            for name in TOLD:
                 if name in request.headers:
                     told[name] = request.headers[name]
+            if not all(value.isascii() for value in told.values()):
+                raise InvalidInputError(f"{', '.join(TOLD)} are plain ASCII", where="headers")
             data = request.content.iter_chunked(READ_BYTES) if request.can_read_body else None
             question = _Question(
                 method=request.method,
