@@ -13,7 +13,7 @@ import pytest
 from snowdrop.control.tasks.files import INLINE_BYTES_MAX
 from snowdrop.domain.errors import ConflictError
 from snowdrop.domain.ids import TaskId
-from snowdrop.domain.task import TaskState
+from snowdrop.domain.task import Task, TaskState
 from snowdrop.state.port import KeyRecord
 from snowdrop.state.sqlite import SqliteState
 from snowdrop.wire.tasks import END_HEADER, KEY_HEADER, LeasedTask, LeaseName, TaskEnd
@@ -175,11 +175,47 @@ class TestLeases:
         async with world.serving() as http:
             name = await submit(http)
             (held,) = await leased(world)
-            world.queue.leases.end((KEY[0], held.task.id), tell=False)
+            world.queue.leases.end((KEY[0], held.task.id), held.task.generation, tell=False)
             await world.queue.trim()
             world.clock.s += 11
             await world.queue.look()
             assert await state_of(world, name) is TaskState.QUEUED
+
+    async def test_one_that_ran_out_while_its_task_went_to_another_leaves_the_new_one(
+        self, world: TaskWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await world.deployed()
+        async with world.serving() as http:
+            name = await submit(http)
+            (first,) = await leased(world, "g1")
+            world.clock.s += 11
+            change = world.queue.store.change
+
+            async def late(*given: Any, **more: Any) -> Task:
+                """The holder gives the task back, and another gets it, before the loss is written."""
+                monkeypatch.undo()
+                assert (await finish(http, first, status=0, started=False))[0] == 200
+                (second,) = await leased(world, "g2")
+                taken.append(second)
+                return await change(*given, **more)
+
+            taken: list[LeasedTask] = []
+            monkeypatch.setattr(world.queue.store, "change", late)
+            await world.queue.look()
+            assert world.queue.leases.keep("g2", (name_of(taken[0]),)) == ()
+            assert (await finish(http, taken[0]))[0] == 200
+            assert await state_of(world, name) is TaskState.SUCCEEDED
+
+    async def test_one_of_a_task_that_is_gone_keeps_nothing_else_waiting(self, world: TaskWorld) -> None:
+        await world.deployed()
+        async with world.serving() as http:
+            gone = task(state=TaskState.RUNNING, generation=1, holder="g1")
+            world.queue.leases.hold(gone)
+            name = await submit(http, ttl_s=5)
+            world.clock.s += 11
+            await world.queue.look()
+            assert await state_of(world, name) is TaskState.FAILED
+            assert (gone.tenant, gone.id) not in world.queue.leases
 
 
 class TestAnswers:

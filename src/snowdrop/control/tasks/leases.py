@@ -54,10 +54,13 @@ class Leases:
                 held.ends_s = self._clock() + self._lease_s
         return tuple(lost)
 
-    def end(self, name: Name, *, tell: bool) -> None:
-        """The lease is over; with `tell` its holder does not know."""
-        held = self._held.pop(name, None)
-        if held is not None and tell:
+    def end(self, name: Name, generation: int, *, tell: bool) -> None:
+        """The lease is over, if a later one has not taken its place; with `tell` its holder does not know."""
+        held = self._held.get(name)
+        if held is None or held.generation > generation:
+            return
+        del self._held[name]
+        if tell:
             lease = LeaseName(tenant=name[0], task=name[1], generation=held.generation)
             self._revoked.setdefault(held.holder, []).append(lease)
 

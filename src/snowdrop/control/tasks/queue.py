@@ -17,7 +17,7 @@ import anyio
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.tasks.files import INLINE_BYTES_MAX, StoredBody, TaskFiles
 from snowdrop.control.tasks.leases import Leases, Name
-from snowdrop.domain.errors import ConflictError, SnowdropError, StorageFullError
+from snowdrop.domain.errors import ConflictError, NotFoundError, SnowdropError, StorageFullError
 from snowdrop.domain.ids import DeploymentName, TaskId, TenantId, fresh_id
 from snowdrop.domain.replica import ReplicaState
 from snowdrop.domain.settings import TaskSettings
@@ -214,8 +214,8 @@ class TaskQueue:
             )
             try:
                 await self._change(*name, happened)
-            except ConflictError:  # it ended in this very moment
-                self.leases.end(name, tell=False)
+            except (ConflictError, NotFoundError):  # it ended in this very moment
+                self.leases.end(name, held.generation, tell=False)
         expired = Happening(event=Event.EXPIRED, now_unix_ns=self._wall_ns())
         for task in await self.store.expired(expired.now_unix_ns, limit=EXPIRED_MAX):
             try:
@@ -301,7 +301,8 @@ class TaskQueue:
         with anyio.CancelScope(shield=True):  # what is stored is also known here
             task = await self.store.change(tenant, name, partial(step, happened=happened), result=result)
             if task.state is not TaskState.RUNNING:
-                self.leases.end((tenant, name), tell=happened.event in {Event.CANCELLED, Event.LEASE_LOST})
+                unasked = happened.event in {Event.CANCELLED, Event.LEASE_LOST}
+                self.leases.end((tenant, name), task.generation, tell=unasked)
             if task.state is TaskState.SUCCEEDED:
                 self.files.drop(task, request=True)
             if task.state is TaskState.QUEUED and task.due_unix_ns <= happened.now_unix_ns:
