@@ -14,7 +14,13 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from multidict import CIMultiDict
 
-from snowdrop.domain.errors import QueueFullError, ReplicaDiedError, SnowdropError
+from snowdrop.domain.errors import (
+    InvalidInputError,
+    QueueFullError,
+    ReplicaDiedError,
+    SnowdropError,
+    UnauthorisedError,
+)
 from snowdrop.domain.ids import TaskId
 from snowdrop.domain.task import Task, TaskState
 from snowdrop.gateway.app import build_app
@@ -26,12 +32,22 @@ from snowdrop.gateway.tasks.client import TaskControl
 from snowdrop.gateway.tasks.dispatcher import Dispatcher
 from snowdrop.gateway.tasks.edge import TaskEdge
 from snowdrop.gateway.tasks.spool import MEMORY_BYTES_MAX
-from snowdrop.wire.slots import Granted
+from snowdrop.wire.slots import Granted, Speaker
 from task_world import KEY, TaskWorld
 
 pytestmark = pytest.mark.anyio
 GRANTED = cast("Granted", object())
 Work = Callable[[Call, Sink], Any]
+
+
+class FakeBroker:
+    """Knows one deployment that speaks OpenAI's dialect, of every caller but one."""
+
+    async def speakers(self, key_sha256: str | None) -> tuple[Speaker, ...]:
+        if key_sha256 is not None:
+            raise UnauthorisedError("unknown API key")
+        speaks = Speaker(tenant=KEY[0], deployment=KEY[1], paths=("/v1/chat/completions",), created_unix_s=1)
+        return (speaks,)
 
 
 class FakeCarrier:
@@ -40,6 +56,7 @@ class FakeCarrier:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.calls: list[Call] = []
+        self.broker = FakeBroker()
 
     async def carry(self, call: Call, sink: Sink) -> None:
         self.calls.append(call)
@@ -325,6 +342,33 @@ async def test_with_a_wait_the_answer_itself_if_it_comes_in_time_else_the_task(t
         go_on.set()
         async with client.get(f"/v1/tasks/{name}/result?wait=20") as answer:
             assert (answer.status, await answer.read()) == (201, b"here")
+
+
+async def test_a_request_of_openai_becomes_a_task_only_for_a_model_that_can_do_it(tmp_path: Path) -> None:
+    prefer = {"prefer": "respond-async, wait=20"}
+    chat = "/v1/chat/completions"
+
+    async def work(_call: Call, _sink: Sink) -> None:
+        raise InvalidInputError("no such field", where="stop", fields=[{"field": "stop", "problem": "bad"}])
+
+    async with platform(tmp_path, work) as (world, _http, carrier), edge(world.socket) as client:
+        wanted: list[tuple[str, dict[str, Any], dict[str, str], int, str | None, str | None]] = [
+            (chat, {"model": "nowhere"}, {}, 404, "model_not_found", "model"),
+            ("/v1/embeddings", {"model": "embed"}, {}, 404, "model_not_found", "model"),
+            (chat, {"model": "embed"}, {"authorization": "Bearer sd_wrong"}, 401, "invalid_api_key", None),
+            (chat, {"model": "embed"}, {"snowdrop-webhook": "ftp://x"}, 400, None, None),
+        ]
+        for path, body, headers, status, code, param in wanted:
+            async with client.post(path, json=body, headers={**prefer, **headers}) as answer:
+                error = (await answer.json())["error"]
+                assert (answer.status, error["code"], error["param"]) == (status, code, param)
+                assert error["type"] == "invalid_request_error"
+        assert carrier.calls == []
+        async with client.post(chat, json={"model": "embed"}, headers=prefer) as answer:
+            assert (answer.status, answer.headers["snowdrop-task-state"]) == (400, "failed")
+            error = (await answer.json())["error"]
+            assert (error["type"], error["param"]) == ("invalid_request_error", "stop")
+            assert answer.headers["x-should-retry"] == "false"
 
 
 async def test_without_control_a_submission_is_refused_with_the_time_to_come_back(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from snowdrop.gateway.bodies import IncomingBody
 from snowdrop.gateway.call import CallerGoneError, WholeBody
 from snowdrop.gateway.openai.asking import read_asked, read_whole
 from snowdrop.gateway.openai.sink import OpenAiSink
+from snowdrop.gateway.openai.speaking import not_spoken
 from snowdrop.gateway.preferences import read_preferences
 from snowdrop.gateway.relay import Relay, make_call, request_id_of
 from snowdrop.tenancy.keys import KEY_PREFIX, bearer, key_sha256
@@ -72,6 +73,7 @@ class OpenAiApi:
             call.caller = msgspec.structs.replace(call.caller, key_sha256=digest_of(request))
             call.dialect = request.path
             if preferred.respond_async and self._relay.respond_async is not None:
+                await self._check(request, call.deployment)
                 return await self._relay.respond_async(request, call)
             # Comments in the stream keep a client's read timeout from ending the wait for a cold start.
             call.wait = msgspec.structs.replace(call.wait, progress=bool(asked.stream))
@@ -118,6 +120,15 @@ class OpenAiApi:
             next_step=f"there is: {_KNOWN}",
         )
         return refusal(error, request_id, code="unknown_url")
+
+    async def _check(self, request: web.Request, model: DeploymentName) -> None:
+        """Before a task is made, which would fail later and elsewhere. Raises NotFoundError."""
+        for each in await self._speakers(request):
+            if each.deployment == model:
+                if request.path not in each.paths:
+                    raise not_spoken(model, request.path, each.paths)
+                return
+        raise unknown_model(model)
 
     async def _speakers(self, request: web.Request) -> tuple[Speaker, ...]:
         return await self._relay.carrier.broker.speakers(digest_of(request))

@@ -44,9 +44,12 @@ class Speaking:
         """Raises NotFoundError for a deployment that is there and does not serve `path`."""
         paths = self._paths.get((tenant, deployment))
         if paths is not None and path not in paths:
-            others = f"it serves {', '.join(paths)}" if paths else "GET /v1/models lists those that do"
-            raise NotFoundError(
-                f"the model {deployment!r} does not serve {path}",
-                where="model",
-                next_step=f"use another: {others}",
-            )
+            raise not_spoken(deployment, path, paths)
+
+
+def not_spoken(deployment: DeploymentName, path: str, paths: tuple[str, ...]) -> NotFoundError:
+    """Of a deployment that serves only `paths`."""
+    others = f"it serves {', '.join(paths)}" if paths else "GET /v1/models lists those that do"
+    return NotFoundError(
+        f"the model {deployment!r} does not serve {path}", where="model", next_step=f"use another: {others}"
+    )

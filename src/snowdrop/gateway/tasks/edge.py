@@ -9,9 +9,11 @@ from contextlib import asynccontextmanager
 import aiohttp
 import msgspec
 from aiohttp import hdrs, web
+from multidict import CIMultiDict
 
 from snowdrop.domain.errors import InvalidInputError, SnowdropError
 from snowdrop.domain.layout import StateLayout
+from snowdrop.domain.openai_errors import encoded, headers_of, ours, shape, status_of
 from snowdrop.gateway.call import Call
 from snowdrop.gateway.carrier import DROPPED_DOWN, without
 from snowdrop.gateway.httpsink import error_response
@@ -28,7 +30,7 @@ NOT_OF_THE_CALL = frozenset({"prefer", "idempotency-key", WEBHOOK_HEADER, "snowd
 
 
 class _Question(msgspec.Struct, frozen=True, kw_only=True):
-    """What control is asked; `extra` are headers of the answer."""
+    """What control is asked; `extra` are headers of the answer. `is_openai` puts errors into that shape."""
 
     method: str
     path: str
@@ -36,6 +38,7 @@ class _Question(msgspec.Struct, frozen=True, kw_only=True):
     headers: dict[str, str]
     data: bytes | AsyncIterator[bytes] | None
     extra: dict[str, str]
+    is_openai: bool = False
 
 
 class TaskEdge:
@@ -82,7 +85,15 @@ class TaskEdge:
         query = {"wait": f"{wait_s:g}"} if wait_s else {}
         whole = call.body.whole
         data = call.body.stream() if whole is None else whole
-        question = _Question(method="POST", path="/v1/tasks", query=query, headers=told, data=data, extra=extra)
+        question = _Question(
+            method="POST",
+            path="/v1/tasks",
+            query=query,
+            headers=told,
+            data=data,
+            extra=extra,
+            is_openai=call.kind == "openai",
+        )
         return await self._ask(request, question)
 
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:
@@ -122,6 +133,8 @@ class TaskEdge:
             ) as response:
                 kept = without(response.headers, NO_LENGTH)
                 kept.update(asked.extra)
+                if asked.is_openai and response.status >= 400:
+                    return await _reshaped(response, kept)
                 answer = web.StreamResponse(status=response.status, headers=kept)
                 await answer.prepare(request)
                 async for chunk in response.content.iter_chunked(READ_BYTES):
@@ -132,6 +145,18 @@ class TaskEdge:
                 raise control_away(error) from error
             request.transport.abort()  # an answer that ends early must not look complete
         return answer
+
+
+async def _reshaped(response: aiohttp.ClientResponse, headers: CIMultiDict[str]) -> web.Response:
+    """A refusal, or the replayed failure of a task, as OpenAI's clients look for it. Others pass as they are."""
+    status, body = response.status, await response.read()
+    error = ours(body)
+    if error is not None:
+        request_id = headers.get("x-request-id", "")
+        status, body = status_of(error), encoded(shape(error, request_id))
+        headers.update(headers_of(error, request_id))
+    headers.popall("content-length", None)
+    return web.Response(status=status, headers=headers, body=body)
 
 
 @asynccontextmanager
