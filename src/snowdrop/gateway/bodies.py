@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 
 from snowdrop.domain.errors import SnowdropError, TimedOutError, TooLargeError
 
@@ -41,19 +41,11 @@ class IncomingBody:
             raise _too_large(bytes_max, f"the request has {length} bytes")
         if not request.can_read_body:
             return cls(request, bytes_max, b"", ended=True)
-        try:
-            async with asyncio.timeout(BODY_STALL_S_MAX):
-                if length is None:
-                    # Of unknown length it may be one side of a conversation: one piece must be enough to begin.
-                    start = await request.content.readany()
-                    ended = request.content.at_eof()
-                else:
-                    start = await request.content.readexactly(min(length, BODY_WHOLE_BYTES_MAX))
-                    ended = length == len(start)
-        except asyncio.IncompleteReadError as error:
-            start, ended = error.partial, True
-        except TimeoutError as error:
-            raise _too_slow() from error
+        content = request.content
+        if content.is_eof() and (length is None or length <= BODY_WHOLE_BYTES_MAX):
+            start, ended = content.read_nowait(), True  # it came with the head, as small ones do
+        else:
+            start, ended = await _first_part(content, length)
         if len(start) > bytes_max:
             raise _too_large(bytes_max, "the request's body is too large")
         return cls(request, bytes_max, start, ended=ended)
@@ -79,6 +71,22 @@ class IncomingBody:
                 self.refused = _too_large(self._bytes_max, "the request's body is too large")
                 raise self.refused
             yield chunk
+
+
+async def _first_part(content: StreamReader, length: int | None) -> tuple[bytes, bool]:
+    """As much as is needed before a slot is asked for, and whether that is all. Raises TimedOutError."""
+    try:
+        async with asyncio.timeout(BODY_STALL_S_MAX):
+            if length is None:
+                # Of unknown length it may be one side of a conversation: one piece must be enough to begin.
+                start = await content.readany()
+                return start, content.at_eof()
+            start = await content.readexactly(min(length, BODY_WHOLE_BYTES_MAX))
+            return start, length == len(start)
+    except asyncio.IncompleteReadError as error:
+        return error.partial, True
+    except TimeoutError as error:
+        raise _too_slow() from error
 
 
 def _too_large(bytes_max: int, message: str) -> TooLargeError:

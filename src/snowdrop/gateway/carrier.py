@@ -6,19 +6,19 @@ then. Once the answer has begun, a failure can only be told inside of it.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import anyio
 from aiohttp import hdrs
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy, istr
 
 from snowdrop.domain.calling import DEADLINE_HEADER, LEASE_HEADER
 from snowdrop.domain.errors import ReplicaDiedError, SnowdropError, TimedOutError, UnavailableError
 from snowdrop.domain.receipt import CallerTimes, Span, join_caller
 from snowdrop.gateway.bodies import BODY_WHOLE_BYTES_MAX
+from snowdrop.gateway.bounds import Bounds
 from snowdrop.gateway.broker import Broker
 from snowdrop.gateway.call import Call, Sink
 from snowdrop.gateway.finished import begin_call_trace
@@ -32,13 +32,17 @@ ATTEMPTS_MAX = 5
 HTTP_FAILED = 500
 
 # RFC 9110, section 7.6.1: connection-level headers that an intermediary does not pass on.
+# Kept as `istr`, which is found in headers without being made lower case each time.
 HOP_BY_HOP = frozenset(
-    {
-        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"),
-        *("te", "trailer", "transfer-encoding", "upgrade"),
-    }
+    map(
+        istr,
+        (
+            *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"),
+            *("te", "trailer", "transfer-encoding", "upgrade"),
+        ),
+    )
 )
-DROPPED_DOWN = HOP_BY_HOP | {"content-length", "date", "server"}
+DROPPED_DOWN = HOP_BY_HOP | {istr(name) for name in ("content-length", "date", "server")}
 
 T = TypeVar("T")
 Finished = Callable[[Call, SnowdropError | None], None]
@@ -60,6 +64,7 @@ class Carrier:
         self.upstreams = upstreams
         self._finished = finished
         self._trace_sample_ratio = trace_sample_ratio
+        self.bounds = Bounds()
 
     async def carry(self, call: Call, sink: Sink) -> None:
         """Carries a call to its end.
@@ -193,19 +198,17 @@ class _Exchange:
             raise self._too_long(bound_s)  # its time is over: nothing is started that nobody waits for
         body = call.body
         try:
-            async with (
-                asyncio.timeout(bound_s),
-                self._carrier.upstreams.exchange(
+            with self._carrier.bounds.within(bound_s):
+                async with self._carrier.upstreams.exchange(
                     self._granted.socket_path,
                     call.method,
                     call.target,
                     call.headers,
                     body.stream() if body.whole is None else body.whole,
-                ) as response,
-            ):
-                await self._download(response)
-                self._note(failed=response.status >= HTTP_FAILED)
-                return None
+                ) as response:
+                    await self._download(response)
+                    self._note(failed=response.status >= HTTP_FAILED)
+                    return None
         except UnconnectedError:
             raise
         except TimeoutError as error:
@@ -311,5 +314,9 @@ def without(headers: CIMultiDict[str] | CIMultiDictProxy[str], dropped: frozense
     """A copy less the dropped names and those that the Connection header lists."""
     listed = headers.get(hdrs.CONNECTION)
     if listed:
-        dropped = dropped | {name.strip().lower() for name in listed.split(",")}
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in dropped)
+        dropped = dropped | {name.strip() for name in listed.split(",")}
+    kept = CIMultiDict(headers)
+    for name in dropped:
+        if name in kept:
+            del kept[name]
+    return kept

@@ -8,7 +8,7 @@ from random import Random
 
 import msgspec
 from aiohttp import hdrs, web
-from multidict import CIMultiDict
+from multidict import CIMultiDict, istr
 from yarl import URL
 
 from snowdrop.domain.errors import SnowdropError
@@ -26,7 +26,7 @@ WEBSOCKET_IDLE_S_MAX = 3_600.0
 REVISION_HEADER = "snowdrop-revision"
 """Which revision alone may answer: its id, `stable` or `candidate`."""
 # The key is for the gateway; a tenant's code never sees it.
-DROPPED_UP = HOP_BY_HOP | {"authorization", "host", "content-length", "expect"}
+DROPPED_UP = HOP_BY_HOP | {istr(name) for name in ("authorization", "host", "content-length", "expect")}
 
 RespondAsync = Callable[[web.Request, Call], Awaitable[web.StreamResponse]]
 """Makes a task of a call and answers 202 (`Prefer: respond-async`)."""

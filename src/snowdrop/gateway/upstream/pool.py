@@ -23,8 +23,8 @@ SWEEP_S = 15.0
 CONNECT_S_MAX = 5.0
 IDLE_MAX = 1_024
 """Idle connections kept to one replica."""
-_CHUNKED = "transfer-encoding: chunked\r\n"
-_CHUNKED_END = _CHUNKED.encode() + b"\r\n"
+_CHUNKED = "transfer-encoding: chunked"
+_CHUNKED_END = _CHUNKED.encode() + b"\r\n\r\n"
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -208,16 +208,17 @@ class Exchange:
 
 def _head(method: str, target: str, headers: CIMultiDict[str], body: bytes | AsyncIterable[bytes]) -> bytes:
     """The head of a request. Raises InvalidInputError for a header that would end its line."""
-    lines = [f"{method} {target} HTTP/1.1\r\n"]
+    lines = [f"{method} {target} HTTP/1.1"]
     if "host" not in headers:
-        lines.append("host: replica\r\n")
-    lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
+        lines.append("host: replica")
+    lines += map(": ".join, headers.items())
     if isinstance(body, bytes):
         if body or method in _WITH_BODY:
-            lines.append(f"content-length: {len(body)}\r\n")
+            lines.append(f"content-length: {len(body)}")
     elif "content-length" not in headers:
         lines.append(_CHUNKED)
-    head = "".join(lines)
+    lines.append("\r\n")
+    head = "\r\n".join(lines)
     if head.count("\n") != len(lines) or head.count("\r") != len(lines):
         raise InvalidInputError("a header has a line break in it", where="request headers")
-    return head.encode("utf-8", "surrogateescape") + b"\r\n"
+    return head.encode("utf-8", "surrogateescape")
