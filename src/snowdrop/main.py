@@ -182,7 +182,7 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
         loop.replica_changed, peers.caller_served = metrics.replica_changed, metrics.caller_served
         loop.rollout_ended = metrics.rollout_ended
         loop.secrets = await Secrets.open(state, layout.secret_keys, loop.world)
-        loop.volumes = Volumes(layout.volumes, settings.agent, loop.world)
+        loop.volumes = volumes = Volumes(state, layout.volumes, settings.agent, loop.world)
         durable = ControlTasks(
             loop, peers, settings, registry, files=layout.tasks, webhook_keys=layout.keys / "webhooks"
         )
@@ -202,7 +202,7 @@ async def _control(layout: StateLayout, settings: Settings, arguments: argparse.
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_until_stopped, tasks.cancel_scope)
                 trim = partial(recorder.keep_trimmed, state, settings.control)
-                for run in (partial(peers.serve, links), loop.run, durable.run, trim):
+                for run in (partial(peers.serve, links), loop.run, durable.run, volumes.watch, trim):
                     tasks.start_soon(run)
                 _say_ready(arguments)
             await recorder.flush(FLUSH_S_MAX)

@@ -8,15 +8,21 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from platform_helpers import KEY, deployment, revision
+from platform_helpers import KEY, NODE, deployment, node_record, replica_key, report, revision
 from snowdrop.agent.volumes import VolumeMounts, opened
+from snowdrop.control.loop import ControlLoop
+from snowdrop.control.recorder import Recorder
 from snowdrop.control.volumes import UID_SPAN, Volumes
-from snowdrop.control.world import DeploymentEntry, World
+from snowdrop.control.world import DeploymentEntry, NodeEntry, World
 from snowdrop.domain.errors import ConflictError, InvalidInputError, NotFoundError, StorageFullError
 from snowdrop.domain.ids import DEFAULT_TENANT, TenantId
-from snowdrop.domain.service import ServiceSpec
+from snowdrop.domain.replica import ReplicaState
+from snowdrop.domain.service import Scale, ServiceSpec
 from snowdrop.domain.settings import AgentSettings
 from snowdrop.domain.volume import Volume, is_shared, variable_of
+from snowdrop.state.memory import MemoryState
+from snowdrop.wire.codec import Message
+from snowdrop.wire.control import StartReplica
 
 pytestmark = pytest.mark.anyio
 OTHER = TenantId("other")
@@ -31,7 +37,8 @@ class Bench:
         self.settings = AgentSettings(volumes_read_only=str(self.shared), volumes_writable=str(folder / "scratch"))
         self.folder = folder / "volumes"
         self.world = World()
-        self.volumes = Volumes(self.folder, self.settings, self.world)
+        self.state = MemoryState()
+        self.volumes = Volumes(self.state, self.folder, self.settings, self.world)
         self._opened = ExitStack()
 
     def open(self, *volumes: Volume, tenant: TenantId = DEFAULT_TENANT) -> VolumeMounts:
@@ -143,3 +150,64 @@ async def test_each_tenants_volumes_belong_to_a_uid_of_its_own(bench: Bench) -> 
     assert others.uid == mine.uid + 1
     assert (bench.folder / "default" / "more" / "data").stat().st_uid == mine.uid
     assert bench.folder.stat().st_mode & 0o777 == 0o700
+
+
+class Control:
+    """A control loop whose one deployment writes a bounded volume."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.loop = ControlLoop(bench.state, Recorder(), tick_s=0.5)
+        bench.world = self.loop.world
+        bench.volumes = self.loop.volumes = Volumes(bench.state, bench.folder, bench.settings, bench.world)
+        self.sent: list[Message] = []
+        self.loop.send_agent = lambda _node, message: self.sent.append(message)
+        self.loop.world.nodes[NODE] = NodeEntry(node_record(), "inc-1", "/agent.sock")
+
+
+async def test_a_volume_above_its_bound_lets_nothing_start_that_would_write_it(bench: Bench) -> None:
+    control = Control(bench)
+    await bench.volumes.create(DEFAULT_TENANT, "cache", 1_000)
+    await bench.volumes.create(DEFAULT_TENANT, "boundless", 0)
+    boundless = Volume(target="/more", name="boundless")
+    used = revision(scale=Scale(min=1), volumes=(DATA, boundless))
+    await bench.state.put_revision(used)
+    await bench.state.put_deployment(deployment(), expected_generation=0)
+    await control.loop.load()
+    for name in ("cache", "boundless"):
+        (bench.folder / "default" / name / "data" / "x").write_bytes(b"x" * 10_000)
+    await bench.volumes.look()
+    await control.loop.look(KEY)
+    assert control.sent == []
+    assert "volume 'cache' holds" in bench.world.deployments[KEY].starts.reason
+    bench.volumes.check_start(DEFAULT_TENANT, (msgspec.structs.replace(DATA, read_only=True), boundless))
+    bench.volumes.check_start(OTHER, (DATA,))
+    (bench.folder / "default" / "cache" / "data" / "x").unlink()
+    await bench.volumes.look()
+    bench.volumes.check_start(DEFAULT_TENANT, (DATA,))
+    del bench.world.deployments[KEY]
+    (bench.folder / "default" / "cache" / "data" / "x").write_bytes(b"x" * 10_000)
+    await bench.volumes.look()
+    bench.volumes.check_start(DEFAULT_TENANT, (DATA,))  # nobody names it, so nobody knows
+
+
+@pytest.mark.parametrize("known", ["ordered in this life of control", "ordered in an earlier one"])
+async def test_a_volume_stays_while_a_replica_that_has_it_is_draining(bench: Bench, known: str) -> None:
+    control = Control(bench)
+    await bench.volumes.create(DEFAULT_TENANT, "cache", 0)
+    old = revision("rev-0", volumes=(DATA,))
+    for each in (old, revision("rev-1")):
+        await bench.state.put_revision(each)
+    await bench.state.put_deployment(deployment(), expected_generation=0)
+    await control.loop.load()
+    key = replica_key("rep-1", revision="rev-0")
+    control.loop.heard_replica(report(key, ReplicaState.DRAINING, version=1))
+    if known.endswith("this life of control"):
+        order = StartReplica(key=key, revision=old, ordered_unix_ns=1)
+        bench.world.replicas[key.replica].order = order
+        await bench.state.delete_deployment(*KEY, expected_generation=1)
+    with pytest.raises(ConflictError, match="used by embed"):
+        await bench.volumes.remove(DEFAULT_TENANT, "cache")
+    with pytest.raises(NotFoundError):
+        await bench.volumes.remove(OTHER, "cache")
+    control.loop.heard_replica(report(key, ReplicaState.STOPPED, version=2))
+    await bench.volumes.remove(DEFAULT_TENANT, "cache")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
 from snowdrop.control.deploying import Deploying, unknown_deployment, unknown_model
+from snowdrop.control.http import answer, body_of, tenant_of, typed_errors
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.origin_roots import OriginRoots
 from snowdrop.control.peers import Peers
@@ -17,14 +17,13 @@ from snowdrop.control.rollout_api import RolloutApi
 from snowdrop.control.secrets_api import SecretsApi
 from snowdrop.control.store_api import StoreApi, pass_to_agent
 from snowdrop.control.views import deployment_view, describe
-from snowdrop.control.volumes import VolumesApi
+from snowdrop.control.volumes_api import VolumesApi
 from snowdrop.control.why_api import WhyApi
-from snowdrop.domain.errors import InvalidInputError, NotFoundError, SnowdropError
-from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, ModelName, ReceiptId, TenantId, parse_name
+from snowdrop.domain.errors import InvalidInputError, NotFoundError
+from snowdrop.domain.ids import DeploymentName, ModelName, ReceiptId, parse_name
 from snowdrop.state.port import KeyRecord
 from snowdrop.tenancy.keys import make_key
 from snowdrop.wire.api import (
-    TENANT_HEADER,
     Deploy,
     Deployed,
     Info,
@@ -40,22 +39,6 @@ LIST_DEFAULT = 50
 RECENT_MAX = 10
 
 T = TypeVar("T")
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def _json(value: Any, status: int = 200) -> web.Response:
-    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
-
-
-def _tenant(request: web.Request) -> TenantId:
-    return TenantId(request.headers.get(TENANT_HEADER, DEFAULT_TENANT))
-
-
-async def _body(request: web.Request, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(await request.read(), type=kind)
-    except msgspec.DecodeError as error:
-        raise InvalidInputError(f"bad request body: {error}", where=request.path) from error
 
 
 def _limit(request: web.Request) -> int:
@@ -63,14 +46,6 @@ def _limit(request: web.Request) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 10_000:
         raise InvalidInputError(f"limit {text!r} is not a number from 1 to 10,000", where="query limit")
     return int(text)
-
-
-@web.middleware
-async def _typed_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except SnowdropError as error:
-        return _json({"error": error.body()}, status=error.http_status)
 
 
 class Api:
@@ -85,7 +60,7 @@ class Api:
         self._deploying = Deploying(loop, roots)
 
     def app(self) -> web.Application:
-        app = web.Application(middlewares=[_typed_errors], client_max_size=BODY_BYTES_MAX)
+        app = web.Application(middlewares=[typed_errors], client_max_size=BODY_BYTES_MAX)
         app.add_routes(
             [
                 web.get("/v1/info", self._get_info),
@@ -119,96 +94,96 @@ class Api:
         world = self._loop.world
         nodes = tuple(node.record for node in world.nodes.values())
         sandbox = next((record.sandbox for record in nodes), "")
-        return _json(
+        return answer(
             msgspec.structs.replace(self._info, nodes=nodes, gateways=tuple(world.gateways), sandbox=sandbox)
         )
 
     async def _list_models(self, request: web.Request) -> web.Response:
-        return _json(await self._state.list_models(_tenant(request)))
+        return answer(await self._state.list_models(tenant_of(request)))
 
     async def _get_model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        record = await self._state.get_model(_tenant(request), ModelName(name))
+        record = await self._state.get_model(tenant_of(request), ModelName(name))
         if record is None:
             raise unknown_model(name)
-        return _json(record)
+        return answer(record)
 
     async def _put_model(self, request: web.Request) -> web.Response:
-        body = await _body(request, PutModel)
-        return _json(await self._deploying.put_model(_tenant(request), request.match_info["name"], body), 201)
+        body = await body_of(request, PutModel)
+        return answer(await self._deploying.put_model(tenant_of(request), request.match_info["name"], body), 201)
 
     async def _next_generation(self, request: web.Request) -> web.Response:
         name = ModelName(parse_name(request.match_info["name"], what="model name"))
-        generation = await self._roots.next_generation(_tenant(request), name)
-        return _json(NextGeneration(generation=generation))
+        generation = await self._roots.next_generation(tenant_of(request), name)
+        return answer(NextGeneration(generation=generation))
 
     async def _delete_model(self, request: web.Request) -> web.Response:
-        await self._deploying.delete_model(_tenant(request), request.match_info["name"])
+        await self._deploying.delete_model(tenant_of(request), request.match_info["name"])
         return web.Response(status=204)
 
     async def _list_deployments(self, request: web.Request) -> web.Response:
-        tenant, world = _tenant(request), self._loop.world
+        tenant, world = tenant_of(request), self._loop.world
         keys = sorted(key for key in world.deployments if key[0] == tenant)
-        return _json([deployment_view(world, key, self._info.gateway_url) for key in keys])
+        return answer([deployment_view(world, key, self._info.gateway_url) for key in keys])
 
     async def _deploy(self, request: web.Request) -> web.Response:
-        body = await _body(request, Deploy)
-        revision, created = await self._deploying.deploy(_tenant(request), request.match_info["name"], body)
+        body = await body_of(request, Deploy)
+        revision, created = await self._deploying.deploy(tenant_of(request), request.match_info["name"], body)
         url = f"{self._info.gateway_url}/{revision.deployment}"
         deployed = Deployed(deployment=revision.deployment, revision=revision.id, created=created, url=url)
-        return _json(deployed, 201)
+        return answer(deployed, 201)
 
     async def _describe(self, request: web.Request) -> web.Response:
-        key = (_tenant(request), DeploymentName(request.match_info["name"]))
+        key = (tenant_of(request), DeploymentName(request.match_info["name"]))
         recent = await self._state.list_replicas(*key, ended=True, limit=RECENT_MAX)
         # Asked after the read: the deployment may go while it waits.
         if key not in self._loop.world.deployments:
             raise unknown_deployment(key[1])
         sandbox = next((node.record.sandbox for node in self._loop.world.nodes.values()), "")
         view = describe(self._loop.world, key, gateway_url=self._info.gateway_url, sandbox=sandbox, recent=recent)
-        return _json(view)
+        return answer(view)
 
     async def _scale(self, request: web.Request) -> web.Response:
-        body = await _body(request, SetScale)
-        return _json(await self._deploying.scale(_tenant(request), request.match_info["name"], body))
+        body = await body_of(request, SetScale)
+        return answer(await self._deploying.scale(tenant_of(request), request.match_info["name"], body))
 
     async def _delete(self, request: web.Request) -> web.Response:
-        await self._deploying.delete(_tenant(request), request.match_info["name"])
+        await self._deploying.delete(tenant_of(request), request.match_info["name"])
         return web.Response(status=202)
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
         """The agent's answer, passed on as it comes. Logs outlive their deployment, so no check is made."""
-        tenant, name = _tenant(request), request.match_info["name"]
+        tenant, name = tenant_of(request), request.match_info["name"]
         return await pass_to_agent(self._loop, request, f"logs/{tenant}/{name}")
 
     async def _list_receipts(self, request: web.Request) -> web.Response:
         name = request.query.get("deployment")
         deployment = DeploymentName(name) if name else None
-        found = await self._state.list_receipts(_tenant(request), deployment, limit=_limit(request))
-        return _json(found)
+        found = await self._state.list_receipts(tenant_of(request), deployment, limit=_limit(request))
+        return answer(found)
 
     async def _get_receipt(self, request: web.Request) -> web.Response:
-        receipt = await self._state.get_receipt(_tenant(request), ReceiptId(request.match_info["id"]))
+        receipt = await self._state.get_receipt(tenant_of(request), ReceiptId(request.match_info["id"]))
         if receipt is None:
             raise NotFoundError(
                 f"there is no receipt {request.match_info['id']!r}",
                 where="receipt id",
                 next_step="`snowdrop receipts` lists them",
             )
-        return _json(receipt)
+        return answer(receipt)
 
     async def _usage(self, request: web.Request) -> web.Response:
-        return _json(await self._state.usage_totals(_tenant(request)))
+        return answer(await self._state.usage_totals(tenant_of(request)))
 
     async def _list_keys(self, request: web.Request) -> web.Response:
-        return _json(await self._state.list_keys(_tenant(request)))
+        return answer(await self._state.list_keys(tenant_of(request)))
 
     async def _make_key(self, request: web.Request) -> web.Response:
         secret, digest = make_key()
         name = parse_name(request.match_info["name"], what="key name")
-        asked = await _body(request, MakeKey) if request.can_read_body else MakeKey()
+        asked = await body_of(request, MakeKey) if request.can_read_body else MakeKey()
         record = KeyRecord(
-            tenant=_tenant(request),
+            tenant=tenant_of(request),
             name=name,
             key_sha256=digest,
             created_unix_ns=time.time_ns(),
@@ -216,11 +191,11 @@ class Api:
         )
         await self._state.put_key(record)
         await self._peers.load_keys()
-        return _json(NewKey(name=name, secret=secret), 201)
+        return answer(NewKey(name=name, secret=secret), 201)
 
     async def _delete_key(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        if not await self._state.delete_key(_tenant(request), name):
+        if not await self._state.delete_key(tenant_of(request), name):
             raise NotFoundError(f"there is no key {name!r}", next_step="`snowdrop key ls` lists them")
         await self._peers.load_keys()
         return web.Response(status=204)

@@ -16,6 +16,7 @@ from snowdrop.domain.ids import DeploymentName, ModelName, RevisionId, TenantId,
 from snowdrop.domain.replica import ReplicaState
 from snowdrop.domain.rollout import Rollout, RolloutPhase, RolloutSpec
 from snowdrop.domain.scale import Scale, ScaleBounds
+from snowdrop.domain.service import ServiceSpec
 from snowdrop.policy import rollout
 from snowdrop.wire.api import Deploy, PutModel, SetScale
 
@@ -83,6 +84,13 @@ class Deploying:
             return revision, stored is None
         raise ConflictError(f"deployment {name!r} is being changed by others", next_step="try again")
 
+    async def check(self, tenant: TenantId, spec: ServiceSpec) -> None:
+        """Raises for what its replicas could not be given: a secret nobody set, a volume that is not there."""
+        if self._loop.secrets is not None:
+            await self._loop.secrets.check(tenant, spec.secrets)
+        if self._loop.volumes is not None:
+            await self._loop.volumes.check(tenant, spec.volumes)
+
     async def restart(self, tenant: TenantId, name: str) -> RevisionId:
         """A rollout of the same again: a new revision like the current one, whose replicas start afresh."""
         deployment = DeploymentName(name)
@@ -92,8 +100,7 @@ class Deploying:
             current = await self._state.get_revision(tenant, deployment, stored.revision)
         if current is None:
             raise unknown_deployment(name)
-        if self._loop.secrets is not None:
-            await self._loop.secrets.check(tenant, current.spec.secrets)
+        await self.check(tenant, current.spec)
         again = msgspec.structs.replace(current, id=RevisionId(fresh_id("rev")), created_unix_ns=time.time_ns())
         async with self._roots.changing:
             await self._state.put_revision(again)
@@ -146,10 +153,7 @@ class Deploying:
             code=body.code,
             models=tuple(models),
         )
-        if self._loop.secrets is not None:
-            await self._loop.secrets.check(tenant, body.spec.secrets)
-        if self._loop.volumes is not None:
-            await self._loop.volumes.check(tenant, body.spec.volumes)
+        await self.check(tenant, body.spec)
         await self._roots.check_push(body.lease)
         await self._roots.publish_roots([revision.code, *(bound.artefact for bound in models)])
         await self._state.put_revision(revision)

@@ -251,11 +251,13 @@ class ControlLoop:
             self.send_agent(order.node, message)
 
     async def completed(self, order: StartReplica) -> StartReplica | None:
-        """The order with its secrets, as it is sent; without them the start has failed, and None is returned."""
-        if self.secrets is None:
-            return order
+        """The order with its secrets, as it is sent. Without them, or with a volume that is full, the start has
+        failed, and None is returned.
+        """
         try:
-            return await self.secrets.complete(order)
+            if self.volumes is not None:
+                self.volumes.check_start(order.key.tenant, order.revision.spec.volumes)
+            return order if self.secrets is None else await self.secrets.complete(order)
         except SnowdropError as error:
             entry = self.world.replicas.get(order.key.replica)
             if entry is not None:

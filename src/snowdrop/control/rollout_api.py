@@ -10,15 +10,16 @@ from aiohttp import web
 
 from snowdrop.control import rollouts
 from snowdrop.control.deploying import Deploying, unknown_deployment
+from snowdrop.control.http import answer, body_of, key_of
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.world import DeploymentEntry, DeploymentKey
 from snowdrop.domain.deployment import Deployment
-from snowdrop.domain.errors import ConflictError, InvalidInputError, NotFoundError
-from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, RevisionId, TenantId
+from snowdrop.domain.errors import ConflictError, NotFoundError
+from snowdrop.domain.ids import RevisionId
 from snowdrop.domain.replica import ReplicaState
 from snowdrop.domain.rollout import Rollout, RolloutPhase
 from snowdrop.policy import rollout
-from snowdrop.wire.api import TENANT_HEADER, RevisionView, Rival, Rollback, RolloutView
+from snowdrop.wire.api import RevisionView, Rival, Rollback, RolloutView
 
 Change = Callable[[Rollout, int], Rollout]
 
@@ -42,10 +43,10 @@ class RolloutApi:
         ]
 
     async def _status(self, request: web.Request) -> web.Response:
-        return _json(self._view(_key(request)))
+        return answer(self._view(key_of(request)))
 
     async def _steer(self, request: web.Request) -> web.Response:
-        key, verb = _key(request), request.match_info["verb"]
+        key, verb = key_of(request), request.match_info["verb"]
         change = CHANGES.get(verb)
         if change is None:
             raise NotFoundError(f"a rollout cannot be told to {verb!r}", next_step=f"one of: {', '.join(CHANGES)}")
@@ -60,15 +61,12 @@ class RolloutApi:
             return rollouts.with_rollout(stored, change(stored.rollout, time.time_ns()))
 
         await self._deploying.change(*key, steered)
-        return _json(self._view(key))
+        return answer(self._view(key))
 
     async def _rollback(self, request: web.Request) -> web.Response:
         """Back to the revision before, or to one that is named: a rollout at once, which is watched as well."""
-        key = _key(request)
-        try:
-            body = msgspec.json.decode(await request.read(), type=Rollback)
-        except msgspec.DecodeError as error:
-            raise InvalidInputError(f"bad request body: {error}", where=request.path) from error
+        key = key_of(request)
+        body = await body_of(request, Rollback)
 
         async def back(stored: Deployment) -> Deployment:
             now = time.time_ns()
@@ -85,16 +83,17 @@ class RolloutApi:
                 )
             if stored.rollout is None and target == stored.revision:
                 raise ConflictError(f"{key[1]!r} is at revision {target} already", where="revision")
+            await self._deploying.check(key[0], revision.spec)  # what it names may have been removed since
             spec = msgspec.structs.replace(revision.spec.rollout, steps=())
             return self._deploying.rolling(stored, target, spec, now)
 
         await self._deploying.change(*key, back)
-        return _json(self._view(key))
+        return answer(self._view(key))
 
     async def _restart(self, request: web.Request) -> web.Response:
-        key = _key(request)
+        key = key_of(request)
         await self._deploying.restart(*key)
-        return _json(self._view(key))
+        return answer(self._view(key))
 
     async def _previous(self, stored: Deployment) -> RevisionId:
         """The revision that served before the current one."""
@@ -109,7 +108,7 @@ class RolloutApi:
         raise ConflictError(f"{stored.name!r} has no earlier revision", where=f"deployment {stored.name}")
 
     async def _revisions(self, request: web.Request) -> web.Response:
-        key = _key(request)
+        key = key_of(request)
         self._entry(key)
         found = await self._state.list_revisions(*key)
         entry = self._entry(key)
@@ -135,7 +134,7 @@ class RolloutApi:
                     note=rejected.get(revision.id, "") if revision.id not in weights else "",
                 )
             )
-        return _json(views)
+        return answer(views)
 
     def _view(self, key: DeploymentKey) -> RolloutView:
         entry = self._entry(key)
@@ -188,12 +187,3 @@ CHANGES: dict[str, Change] = {
     "pause": _paused,
     "resume": _resumed,
 }
-
-
-def _key(request: web.Request) -> DeploymentKey:
-    tenant = TenantId(request.headers.get(TENANT_HEADER, DEFAULT_TENANT))
-    return tenant, DeploymentName(request.match_info["name"])
-
-
-def _json(value: object) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

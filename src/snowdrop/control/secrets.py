@@ -10,9 +10,9 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from snowdrop.control.uses import refuse_in_use, users_of
 from snowdrop.control.world import World
-from snowdrop.domain.deployment import Revision
-from snowdrop.domain.errors import ConflictError, InvalidInputError, NotFoundError
+from snowdrop.domain.errors import InvalidInputError, NotFoundError
 from snowdrop.domain.ids import DeploymentName, TenantId, parse_name
 from snowdrop.domain.secret import KEYS_VARIABLE, SECRET_BYTES_MAX, SecretRecord, SecretValue
 from snowdrop.policy import restart
@@ -69,13 +69,7 @@ class Secrets:
 
     async def delete(self, tenant: TenantId, name: str) -> None:
         """Raises ConflictError while a deployment names it, NotFoundError."""
-        users = self._users(tenant, name)
-        if users:
-            raise ConflictError(
-                f"secret {name!r} is used by {', '.join(users)}",
-                where=f"deployment {users[0]}",
-                next_step="delete the deployment, or deploy it without the secret, first",
-            )
+        refuse_in_use("secret", name, self._users(tenant, name))
         async with self._changing:
             if not await self._state.secrets.delete(tenant, name):
                 raise unknown_secret(name)
@@ -129,11 +123,7 @@ class Secrets:
         )
 
     def _users(self, tenant: TenantId, name: str) -> list[DeploymentName]:
-        return [
-            key[1]
-            for key, entry in self._world.deployments.items()
-            if key[0] == tenant and any(_names(revision, name) for revision in (entry.revision, entry.rival))
-        ]
+        return users_of(self._world, tenant, lambda revision: name in revision.spec.secrets.values())
 
 
 def unknown_secret(name: str) -> NotFoundError:
@@ -142,7 +132,3 @@ def unknown_secret(name: str) -> NotFoundError:
         where="secret name",
         next_step=f"`snowdrop secret set {name}` first; `snowdrop secret ls` lists what is there",
     )
-
-
-def _names(revision: Revision | None, name: str) -> bool:
-    return revision is not None and name in revision.spec.secrets.values()

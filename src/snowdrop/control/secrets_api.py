@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import msgspec
 from aiohttp import web
 
+from snowdrop.control.http import answer, body_of, tenant_of
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.secrets import Secrets
-from snowdrop.domain.errors import InvalidInputError
-from snowdrop.domain.ids import DEFAULT_TENANT, TenantId
-from snowdrop.wire.api import TENANT_HEADER, PutSecret
+from snowdrop.wire.api import PutSecret
 
 
 class SecretsApi:
@@ -28,31 +26,19 @@ class SecretsApi:
         ]
 
     async def _list(self, request: web.Request) -> web.Response:
-        return _json(await self._secrets.listed(_tenant(request)))
+        return answer(await self._secrets.listed(tenant_of(request)))
 
     async def _put(self, request: web.Request) -> web.Response:
-        try:
-            body = msgspec.json.decode(await request.read(), type=PutSecret)
-        except msgspec.DecodeError:
-            # Without the decoder's words and as no cause: they may quote the body.
-            raise InvalidInputError("bad request body", where=request.path) from None
-        tenant = _tenant(request)
+        body = await body_of(request, PutSecret, is_secret=True)
+        tenant = tenant_of(request)
         view = await self._secrets.set(tenant, request.match_info["name"], body.value)
         for deployment in view.used_by:
             self._loop.poke((tenant, deployment))
-        return _json(view, 201)
+        return answer(view, 201)
 
     async def _delete(self, request: web.Request) -> web.Response:
-        await self._secrets.delete(_tenant(request), request.match_info["name"])
+        await self._secrets.delete(tenant_of(request), request.match_info["name"])
         return web.Response(status=204)
 
     async def _rotate(self, _request: web.Request) -> web.Response:
-        return _json(await self._secrets.rotate())
-
-
-def _tenant(request: web.Request) -> TenantId:
-    return TenantId(request.headers.get(TENANT_HEADER, DEFAULT_TENANT))
-
-
-def _json(value: object, status: int = 200) -> web.Response:
-    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
+        return answer(await self._secrets.rotate())

@@ -1,4 +1,4 @@
-"""Persistent volumes: made, listed with their sizes, removed when nobody names them. And their part of the API."""
+"""Persistent volumes: made, listed with their sizes, held to their bounds, removed when nobody uses them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,43 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 import msgspec
-from aiohttp import web
 
+from snowdrop.control.uses import refuse_in_use, users_of
 from snowdrop.control.world import World
-from snowdrop.domain.errors import ConflictError, InvalidInputError, NotFoundError, StorageFullError
-from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, TenantId, fresh_id, parse_name
+from snowdrop.domain.deployment import Revision
+from snowdrop.domain.errors import ConflictError, NotFoundError, StorageFullError
+from snowdrop.domain.ids import DeploymentName, TenantId, fresh_id, parse_name
 from snowdrop.domain.settings import AgentSettings
 from snowdrop.domain.volume import Volume, VolumeFacts, is_shared, not_shared
-from snowdrop.wire.api import TENANT_HEADER, CreateVolume, VolumeView
+from snowdrop.state.port import StateStore
+from snowdrop.wire.api import VolumeView
 
 DATA, FACTS, GONE = "data", "volume.json", ".gone-"
 MEASURED_MAX = 1_000_000
 """Files that are looked at to say how large a volume is."""
+WATCH_S = 10.0
+"""How often bounded volumes in use are measured."""
 UID_SPAN = 65_536
 """Uids from `agent.uid_base` on are replicas' own; those after them belong to tenants' volumes."""
+
+
+class Filling(msgspec.Struct, frozen=True, kw_only=True):
+    """How full a bounded volume was when it was last looked at."""
+
+    used_bytes: int
+    size_bytes_max: int
 
 
 class Volumes:
     """The volumes below one folder: TENANT/NAME/data, and beside it what is known of it."""
 
-    def __init__(self, folder: Path, agent: AgentSettings, world: World) -> None:
+    def __init__(self, state: StateStore, folder: Path, agent: AgentSettings, world: World) -> None:
+        self._state = state
         self._folder = folder
         self._agent = agent
         self._world = world
         self._changing = anyio.Lock()
+        self._filling: dict[tuple[TenantId, str], Filling] = {}
 
     async def create(self, tenant: TenantId, name: str, size_bytes_max: int) -> VolumeView:
         """Raises ConflictError if it is there, InvalidInputError for a name that cannot be."""
@@ -49,22 +62,17 @@ class Volumes:
         return [await self._view(tenant, facts) for facts in found]
 
     async def remove(self, tenant: TenantId, name: str) -> None:
-        """Raises ConflictError while a deployment names it, NotFoundError."""
-        users = self._users(tenant, name)
-        if users:
-            raise ConflictError(
-                f"volume {name!r} is used by {', '.join(users)}",
-                where=f"deployment {users[0]}",
-                next_step="delete the deployment, or deploy it without the volume, first",
-            )
+        """Raises ConflictError while a deployment names it or a replica still has it, NotFoundError."""
         async with self._changing:
+            users = self._users(tenant, name)
+            draining = [user for user in await self._still_using(tenant, name) if user not in users]
+            refuse_in_use("volume", name, [*users, *draining])
             await anyio.to_thread.run_sync(self._remove, tenant, name)
 
     async def check(self, tenant: TenantId, volumes: tuple[Volume, ...]) -> None:
         """Raises NotFoundError or InvalidInputError for what a service cannot be given, StorageFullError for a
         volume that is above its bound.
         """
-        named = {view.name: view for view in await self.listed(tenant)} if any(v.name for v in volumes) else {}
         for volume in volumes:
             if not volume.name:
                 shared = self._agent.volumes_writable
@@ -72,15 +80,53 @@ class Volumes:
                 if not is_shared(os.path.normpath(volume.host), shared):
                     raise not_shared(volume)
                 continue
-            view = named.get(volume.name)
-            if view is None:
+            facts = await anyio.to_thread.run_sync(self._facts, tenant, volume.name)
+            if facts is None:
                 raise unknown_volume(volume.name)
-            if view.size_bytes_max and view.used_bytes > view.size_bytes_max and not volume.read_only:
-                raise StorageFullError(
-                    f"volume {volume.name!r} holds {view.used_bytes} bytes",
-                    where=f"size_bytes_max={view.size_bytes_max}",
-                    next_step="remove files from it with a service that runs, or make a larger one",
-                )
+            if not volume.read_only:
+                await self._measure(tenant, facts)
+        self.check_start(tenant, volumes)
+
+    def check_start(self, tenant: TenantId, volumes: tuple[Volume, ...]) -> None:
+        """Raises StorageFullError for a volume that was above its bound when it was last looked at."""
+        for volume in volumes:
+            filling = self._filling.get((tenant, volume.name))
+            if filling is None or volume.read_only or filling.used_bytes <= filling.size_bytes_max:
+                continue
+            raise StorageFullError(
+                f"volume {volume.name!r} holds {filling.used_bytes} bytes",
+                where=f"size_bytes_max={filling.size_bytes_max}",
+                next_step="remove files from it with a service that runs, or make a larger one",
+            )
+
+    async def watch(self) -> None:
+        """For ever: looks how full the bounded volumes are that deployments may write."""
+        while True:
+            await self.look()
+            await anyio.sleep(WATCH_S)
+
+    async def look(self) -> None:
+        """Measures them once, so that a start need not wait for it. Those that nobody names are forgotten."""
+        wanted = {
+            (key[0], volume.name)
+            for key, entry in self._world.deployments.items()
+            for revision in (entry.revision, entry.rival)
+            if revision is not None
+            for volume in revision.spec.volumes
+            if volume.name and not volume.read_only
+        }
+        self._filling = {place: filling for place, filling in self._filling.items() if place in wanted}
+        for tenant, name in sorted(wanted):
+            facts = await anyio.to_thread.run_sync(self._facts, tenant, name)
+            if facts is not None:
+                await self._measure(tenant, facts)
+
+    async def _measure(self, tenant: TenantId, facts: VolumeFacts) -> None:
+        if facts.size_bytes_max:
+            place = self._folder / tenant / facts.name / DATA
+            used_bytes, _ = await anyio.to_thread.run_sync(measure, place)
+            filling = Filling(used_bytes=used_bytes, size_bytes_max=facts.size_bytes_max)
+            self._filling[tenant, facts.name] = filling
 
     # --- on the disk --------------------------------------------------------------------------------------
 
@@ -109,6 +155,12 @@ class Volumes:
                 os.chown(mine, owner, owner)
         return mine.stat().st_uid
 
+    def _facts(self, tenant: TenantId, name: str) -> VolumeFacts | None:
+        try:
+            return msgspec.json.decode((self._folder / tenant / name / FACTS).read_bytes(), type=VolumeFacts)
+        except FileNotFoundError:
+            return None
+
     def _all(self, tenant: TenantId) -> list[VolumeFacts]:
         found = sorted((self._folder / tenant).glob(f"[!.]*/{FACTS}"))
         return [msgspec.json.decode(path.read_bytes(), type=VolumeFacts) for path in found]
@@ -136,46 +188,24 @@ class Volumes:
         )
 
     def _users(self, tenant: TenantId, name: str) -> list[DeploymentName]:
-        return [
-            key[1]
-            for key, entry in self._world.deployments.items()
-            if key[0] == tenant
-            and any(
-                volume.name == name
-                for revision in (entry.revision, entry.rival)
-                if revision is not None
-                for volume in revision.spec.volumes
-            )
-        ]
+        return users_of(self._world, tenant, lambda revision: _mounts(revision, name))
+
+    async def _still_using(self, tenant: TenantId, name: str) -> list[DeploymentName]:
+        """Deployments that name it no more, but have a replica of an older revision that is still draining."""
+        found: set[DeploymentName] = set()
+        for replica in list(self._world.replicas.values()):
+            if replica.key[0] != tenant or replica.key[1] in found:
+                continue
+            revision = replica.order.revision if replica.order is not None else None
+            if revision is None:  # ordered by an earlier life of control
+                revision = await self._state.get_revision(*replica.key, replica.revision)
+            if revision is not None and _mounts(revision, name):
+                found.add(replica.key[1])
+        return sorted(found)
 
 
-class VolumesApi:
-    """Handlers below `/v1/volumes`."""
-
-    def __init__(self, volumes: Volumes) -> None:
-        self._volumes = volumes
-
-    def routes(self) -> list[web.RouteDef]:
-        return [
-            web.get("/v1/volumes", self._list),
-            web.post("/v1/volumes/{name}", self._create),
-            web.delete("/v1/volumes/{name}", self._remove),
-        ]
-
-    async def _list(self, request: web.Request) -> web.Response:
-        return _json(await self._volumes.listed(_tenant(request)))
-
-    async def _create(self, request: web.Request) -> web.Response:
-        try:
-            body = msgspec.json.decode(await request.read(), type=CreateVolume)
-        except msgspec.DecodeError as error:
-            raise InvalidInputError(f"bad request body: {error}", where=request.path) from error
-        name = request.match_info["name"]
-        return _json(await self._volumes.create(_tenant(request), name, body.size_bytes_max), 201)
-
-    async def _remove(self, request: web.Request) -> web.Response:
-        await self._volumes.remove(_tenant(request), request.match_info["name"])
-        return web.Response(status=204)
+def _mounts(revision: Revision, name: str) -> bool:
+    return any(volume.name == name for volume in revision.spec.volumes)
 
 
 def measure(folder: Path) -> tuple[int, int]:
@@ -199,11 +229,3 @@ def unknown_volume(name: str) -> NotFoundError:
         where="volume name",
         next_step=f"`snowdrop volume create {name}` first; `snowdrop volume ls` lists what is there",
     )
-
-
-def _tenant(request: web.Request) -> TenantId:
-    return TenantId(request.headers.get(TENANT_HEADER, DEFAULT_TENANT))
-
-
-def _json(value: object, status: int = 200) -> web.Response:
-    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 
-import msgspec
 from aiohttp import web
 
 from snowdrop.control import scaling
 from snowdrop.control.deploying import unknown_deployment
+from snowdrop.control.http import answer, key_of
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.world import DeploymentKey
 from snowdrop.domain.errors import InvalidInputError, NotFoundError
-from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, TenantId
 from snowdrop.policy.autoscale.explain import alternatives
-from snowdrop.wire.api import TENANT_HEADER
 from snowdrop.wire.why import ReplicaWhy, Why, WhyRequest
 
 HISTORY_MAX = 1_000
@@ -37,7 +35,7 @@ class WhyApi:
         ]
 
     async def _why(self, request: web.Request) -> web.Response:
-        key, now_unix_ns = _key(request), time.time_ns()
+        key, now_unix_ns = key_of(request), time.time_ns()
         since_s = _since_s(request)
         since_unix_ns = now_unix_ns - int(since_s * 1e9) if since_s is not None else 0
         limit = HISTORY_DEFAULT if since_s is None else HISTORY_MAX
@@ -61,10 +59,10 @@ class WhyApi:
             history=tuple(history),
             waits=tuple(waits),
         )
-        return _json(view)
+        return answer(view)
 
     async def _why_request(self, request: web.Request) -> web.Response:
-        key, request_id = _key(request), request.match_info["request"]
+        key, request_id = key_of(request), request.match_info["request"]
         waits = await self._store.get_waits(*key, request_id=request_id, limit=WAITS_SHOWN)
         if not waits:
             if key not in self._loop.world.deployments:
@@ -85,7 +83,7 @@ class WhyApi:
             receipts=tuple(receipt for receipt in found if receipt is not None),
             decisions=tuple(record for record in decided if record.unix_ns <= last_unix_ns),
         )
-        return _json(view)
+        return answer(view)
 
     def _replicas(self, key: DeploymentKey) -> tuple[ReplicaWhy, ...]:
         world = self._loop.world
@@ -102,11 +100,6 @@ class WhyApi:
         )
 
 
-def _key(request: web.Request) -> DeploymentKey:
-    tenant = TenantId(request.headers.get(TENANT_HEADER, DEFAULT_TENANT))
-    return tenant, DeploymentName(request.match_info["name"])
-
-
 def _since_s(request: web.Request) -> float | None:
     text = request.query.get("since_s")
     if text is None:
@@ -120,7 +113,3 @@ def _since_s(request: web.Request) -> float | None:
             f"since_s {text!r} is no number of seconds", where="query since_s", next_step="0 to 31,622,400"
         )
     return since_s
-
-
-def _json(value: Why | WhyRequest) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

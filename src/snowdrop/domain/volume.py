@@ -39,7 +39,7 @@ class Volume(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VolumeFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A persistent volume. `size_bytes_max` 0: no bound; above it no further replica is started with it."""
+    """A persistent volume. `size_bytes_max` 0: no bound; above it no replica is started that may write it."""
 
     name: str
     created_unix_ns: int
