@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 demo: setup
 	$(BIN)/python scripts/demo.py
 
+# Two at a time, a file's tests in one process: most of them wait for something. Alone: make test ARGS="-n 0 tests/unit"
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Apart from the gate: tracing slows the tests that make calls by the hundred thousand, as those of crashes do.
 coverage: setup

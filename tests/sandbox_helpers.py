@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,6 +157,13 @@ async def run(setup: Setup, code: str, *arguments: str, **more: object) -> tuple
         return await running.finish(), running.output
     finally:
         await running.close()
+
+
+def open_to_all(path: Path) -> None:
+    """Lets every user reach `path`, which lies in a folder of pytest's that only its own user may enter."""
+    for above in (path, *path.parents):
+        if above.is_relative_to(Path(tempfile.gettempdir()) / f"pytest-of-{getpass.getuser()}"):
+            above.chmod(0o755)
 
 
 def alive(pid: int) -> bool:

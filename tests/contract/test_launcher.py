@@ -5,14 +5,27 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import anyio
 import pytest
 
-from sandbox_helpers import NOBODY, Setup, alive, leftover_groups, limits, make_setup, run, start, swept
+from sandbox_helpers import (
+    NOBODY,
+    Setup,
+    alive,
+    leftover_groups,
+    limits,
+    make_setup,
+    open_to_all,
+    run,
+    start,
+    swept,
+)
+from snowdrop.agent.sandbox.bubblewrap import BubblewrapLauncher
 from snowdrop.agent.sandbox.launcher import LIFECYCLE, Descriptor, LaunchSpec, Mount, Output, fd_argument
 from snowdrop.agent.sandbox.limits import Resource
 from snowdrop.domain.errors import SandboxError
@@ -82,9 +95,7 @@ class TestLauncher:
         folder.mkdir()
         (folder / "x").write_text("content")
         mount = Mount(source=folder, target="/app")
-        for path in (folder, *folder.parents):
-            if path.is_relative_to(tmp_path.parents[1]):
-                path.chmod(0o755)
+        open_to_all(folder)
         code = "import sys; print(open(sys.argv[1]+'/x').read())"
         _, output = await run(setup, code, setup.launcher.visible_path(mount), mounts=(mount,))
         assert output == "content\n"
@@ -98,9 +109,7 @@ class TestLauncher:
         uid = 765_432 if setup.name == "root" else None
         owner = uid or (NOBODY if setup.name == "rootless" and os.geteuid() == 0 else os.geteuid())
         os.chown(closed, os.geteuid() if uid else owner, -1)
-        for path in tmp_path, *tmp_path.parents:
-            if path.is_relative_to(tmp_path.parents[1]):
-                path.chmod(0o755)
+        open_to_all(tmp_path)
         mounts = []
         code = "import os, sys\nfor path in sys.argv[1:3]:\n try: open(path + '/new', 'w'); print('wrote')\n"
         code += " except OSError as error: print(type(error).__name__)\nprint(os.path.exists(sys.argv[3]))"
@@ -232,3 +241,33 @@ class TestLauncher:
 
 def _open_descriptors() -> set[str]:
     return {entry.name for entry in Path("/proc/self/fd").iterdir()}
+
+
+class _GoneLimits:
+    """Limits for a process that has ended, as when bubblewrap could not make a mount."""
+
+    bounds: frozenset[Resource] = frozenset()
+    describe = "none"
+
+    def create(self, replica: ReplicaId, resources: ResourceSpec) -> _GoneLimits:
+        return self
+
+    def attach(self, pids: Sequence[int]) -> None:
+        raise SandboxError(f"process {pids[0]} could not be limited") from ProcessLookupError()
+
+    def oom_killed(self) -> bool:
+        return False
+
+    def members(self) -> frozenset[int]:
+        return frozenset()
+
+    def close(self) -> None: ...
+
+    def sweep(self) -> int:
+        return 0
+
+
+async def test_a_sandbox_that_ends_before_it_is_limited_says_where_the_reason_is() -> None:
+    make_setup("root" if os.geteuid() == 0 else "rootless")  # skips where there is no bubblewrap
+    with pytest.raises(SandboxError, match="reason is in the replica's log"):
+        await start(Setup("gone", BubblewrapLauncher(_GoneLimits()), sys.executable), "print()")

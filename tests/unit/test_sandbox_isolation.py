@@ -24,6 +24,7 @@ from sandbox_helpers import (
     leftover_groups,
     limits,
     make_setup,
+    open_to_all,
     run,
     start,
     swept,
@@ -152,9 +153,7 @@ async def test_sees_only_its_own_processes(setup: Setup) -> None:
 async def test_sees_nothing_of_the_host(setup: Setup, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("secret")
-    for path in (secret, *secret.parents):
-        if path.is_relative_to(tmp_path.parents[1]):
-            path.chmod(0o755)
+    open_to_all(secret)
     paths = [str(secret), "/etc/shadow", "/etc/hostname", "/sys/fs/cgroup", "/sys/kernel", "/var", "/home", "/run"]
     # A folder above the environment exists inside, but holds nothing else.
     shown = [str(parent) for folder in Environment.current().folders for parent in folder.parents]
@@ -204,9 +203,7 @@ async def test_an_opened_folder_can_be_mounted(setup: Setup, tmp_path: Path) -> 
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "x").write_text("content")
-    for path in (folder, *folder.parents):
-        if path.is_relative_to(tmp_path.parents[1]):
-            path.chmod(0o755)
+    open_to_all(folder)
     fd = os.open(folder, os.O_PATH)
     try:
         mount = Mount(source=fd, target="/models/m")

@@ -245,11 +245,17 @@ class BubblewrapLauncher:
             # The kernel may take 10 ms for a grace period, while bwrap goes on making its mounts.
             await anyio.to_thread.run_sync(group.attach, [init.pid, monitor.pid])
             await anyio.lowlevel.checkpoint_if_cancelled()
-        except BaseException:
+        except BaseException as error:
             init.kill()
             with anyio.move_on_after(STOP_S_MAX, shield=True):  # a group can be removed only when it is empty
                 await init.gone()
             init.close()
+            if isinstance(error.__cause__, ProcessLookupError):
+                raise SandboxError(
+                    "bubblewrap ended while it made the sandbox; its reason is in the replica's log",
+                    where="bwrap",
+                    next_step=_DOCTOR,
+                ) from error
             raise
         return init
 
