@@ -16,6 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
+
+from snowdrop.cli.client import Client
+from snowdrop.domain.errors import SnowdropError
+from snowdrop.domain.layout import StateLayout
+from snowdrop.domain.receipt import Receipt
+from snowdrop.wire.api import DeploymentView, Description
 
 SERVICES = Path(__file__).parent / "e2e" / "services"
 SNOWDROP = Path(sys.executable).with_name("snowdrop")
@@ -96,15 +103,29 @@ class Platform:
         """To be deleted with the others."""
         self._deployed.add(name)
 
+    def ask(self, kind: Any, *path: str, **query: Any) -> Any:
+        """What a command would print of control's answer, without a process for it: for what is asked again and
+        again. Raises CommandError."""
+        try:
+            found = Client(StateLayout(self.state), "default").get(kind, *path, **query)
+        except SnowdropError as error:
+            told = msgspec.json.encode({"error": error.body()}).decode()
+            raise CommandError(path, 1, told, str(error)) from error
+        return json.loads(msgspec.json.encode(found))
+
     def view(self, name: str) -> dict[str, Any]:
-        return next(view for view in self.run("ps") if view["name"] == name)
+        return next(view for view in self.ask(list[DeploymentView], "deployments") if view["name"] == name)
+
+    def describe(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.ask(Description, "deployments", name)
+        return found
 
     def replicas(self, name: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.run("describe", name)["replicas"]
+        found: list[dict[str, Any]] = self.describe(name)["replicas"]
         return found
 
     def receipts(self, name: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.run("receipts", "--deployment", name)
+        found: list[dict[str, Any]] = self.ask(list[Receipt], "receipts", deployment=name, limit=20)
         return found
 
     def pids(self) -> dict[str, int]:

@@ -83,7 +83,7 @@ async def test_agent_killed_with_work_in_flight(own_platform: Platform) -> None:
     assert list(statuses.values()).count(200) >= 6
     wait_until(lambda: platform.pids()["agent"] != old, "the agent is started again")
     # Nothing of the dead replica is left.
-    states = {r["key"]["replica"]: r["state"] for r in platform.run("describe", "worker")["recent"]}
+    states = {r["key"]["replica"]: r["state"] for r in platform.describe("worker")["recent"]}
     assert "failed" in states.values()
     wait_until(lambda: _sockets(platform) == set(_replica_ids(platform, "worker")), "only the living have sockets")
 

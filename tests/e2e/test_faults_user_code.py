@@ -109,9 +109,9 @@ async def test_a_replica_over_its_memory_is_ended_alone(platform: Platform) -> N
             assert answer.status in {500, 502}, await answer.text()
             kind = (await answer.json())["error"]["kind"]
         if kind == "replica_died":
-            reasons = [r["reason"] for r in platform.run("describe", "eater")["recent"]]
+            reasons = [r["reason"] for r in platform.describe("eater")["recent"]]
             wait_until(
-                lambda: any("memory" in r["reason"] for r in platform.run("describe", "eater")["recent"]),
+                lambda: any("memory" in r["reason"] for r in platform.describe("eater")["recent"]),
                 f"the reason is said: {reasons}",
             )
         async with http.post(f"{platform.url}/eater/echo", json={"text": "again"}) as answer:

@@ -3,7 +3,7 @@
 import pytest
 
 from platform_helpers import service
-from snowdrop.cli.deployments import _with_options
+from snowdrop.cli.deploy import _with_options
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.rollout import RolloutSpec, RolloutStep
 

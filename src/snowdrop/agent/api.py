@@ -16,6 +16,7 @@ from snowdrop.agent.context import log_folder
 from snowdrop.agent.logs import LogLine, follow, read
 from snowdrop.agent.store_api import Plane, add_store_routes
 from snowdrop.domain.errors import InvalidInputError
+from snowdrop.wire.api import ReplicaLine
 
 FOLLOWED_MAX = 32
 NEW_LOG_POLL_S = 0.3
@@ -23,15 +24,6 @@ LINES_BUFFERED_MAX = 1_000
 TAIL_LINES_MAX = 100_000
 TAIL_DIGITS_MAX = 9
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-class ReplicaLine(msgspec.Struct, frozen=True, kw_only=True):
-    """A log line and whose it is."""
-
-    replica: str
-    unix_ms: int
-    stream: str
-    text: str
 
 
 def build_agent_api(logs: Path, is_living: Callable[[str], bool], plane: Plane | None = None) -> web.Application:

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
 from snowdrop import __version__
-from snowdrop.cli import (
-    batch,
-    deployments,
-    dev,
-    gateway,
-    keys,
-    models,
-    mounts,
-    platform,
-    receipts,
-    rollouts,
-    scaling,
-    secrets,
-    store,
-    tasks,
-    volumes,
-    why,
-)
-from snowdrop.cli import run as run_model
 from snowdrop.cli.output import Globals
+from snowdrop.cli.tree import CommandTree
+
+
+class _Commands(CommandTree):
+    places: ClassVar[dict[str, str]] = {
+        "up": "snowdrop.cli.platform:up",
+        "down": "snowdrop.cli.platform:down",
+        "doctor": "snowdrop.cli.platform:doctor",
+        "config": "snowdrop.cli.platform:config",
+        "model": "snowdrop.cli.models:app",
+        "store": "snowdrop.cli.store:app",
+        "deploy": "snowdrop.cli.deploy:deploy",
+        "run": "snowdrop.cli.run:run",
+        "deploy-command": "snowdrop.cli.run:deploy_command",
+        "ps": "snowdrop.cli.deployments:ps",
+        "describe": "snowdrop.cli.deployments:describe",
+        "scale": "snowdrop.cli.scaling:scale",
+        "why": "snowdrop.cli.why:why",
+        "delete": "snowdrop.cli.deployments:delete",
+        "logs": "snowdrop.cli.deployments:logs",
+        "call": "snowdrop.cli.deployments:call",
+        "rollout": "snowdrop.cli.rollouts:app",
+        "rollback": "snowdrop.cli.rollouts:rollback",
+        "restart": "snowdrop.cli.rollouts:restart",
+        "revisions": "snowdrop.cli.rollouts:revisions",
+        "receipts": "snowdrop.cli.receipts:app",
+        "usage": "snowdrop.cli.receipts:usage",
+        "key": "snowdrop.cli.keys:app",
+        "secret": "snowdrop.cli.secrets:app",
+        "volume": "snowdrop.cli.volumes:app",
+        "gateway": "snowdrop.cli.gateway:app",
+        "task": "snowdrop.cli.tasks:app",
+        "batch": "snowdrop.cli.batch:app",
+        "dev": "snowdrop.cli.dev:dev",
+    }
+
 
 app = typer.Typer(
+    cls=_Commands,
     name="snowdrop",
     no_args_is_help=True,
     add_completion=True,
@@ -57,38 +75,6 @@ def root(
     ] = False,
 ) -> None:
     Globals.state, Globals.config, Globals.tenant, Globals.json = state, config, tenant, json
-
-
-app.command()(platform.up)
-app.command()(platform.down)
-app.command()(platform.doctor)
-app.command()(platform.config)
-mounts.add_commands(models.app)
-app.add_typer(models.app, name="model")
-app.add_typer(store.app, name="store")
-app.command()(deployments.deploy)
-app.command()(run_model.run)
-app.command("deploy-command")(run_model.deploy_command)
-app.command()(deployments.ps)
-app.command()(deployments.describe)
-app.command()(scaling.scale)
-app.command()(why.why)
-app.command()(deployments.delete)
-app.command()(deployments.logs)
-app.command()(deployments.call)
-app.add_typer(rollouts.app, name="rollout")
-app.command()(rollouts.rollback)
-app.command()(rollouts.restart)
-app.command()(rollouts.revisions)
-app.add_typer(receipts.app, name="receipts")
-app.command()(receipts.usage)
-app.add_typer(keys.app, name="key")
-app.add_typer(secrets.app, name="secret")
-app.add_typer(volumes.app, name="volume")
-app.add_typer(gateway.app, name="gateway")
-app.add_typer(tasks.app, name="task")
-app.add_typer(batch.app, name="batch")
-app.command()(dev.dev)
 
 
 def run() -> None:

@@ -12,8 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from snowdrop.cli.batch_files import Journal, header_of, open_journal, read_lines
-from snowdrop.cli.output import Context, console, context, errors, reported, say_json
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import Context, JsonFlag, console, context, errors, reported, say_json
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.ids import parse_name
 from snowdrop.wire.api import Info

@@ -120,9 +120,10 @@ class Client:
         connection = _UnixConnection(self._socket, timeout_s)
         try:
             data = None if body is None else msgspec.json.encode(body)
-            connection.request(method, url, data, {TENANT_HEADER: self._tenant})
+            # Each call has a connection of its own, whose socket then ends with the response.
+            connection.request(method, url, data, {TENANT_HEADER: self._tenant, "Connection": "close"})
             response = connection.getresponse()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise PlatformDownError(
                 "the platform is not running",

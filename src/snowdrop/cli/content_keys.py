@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from snowdrop.cli.output import console, context, reported, say_json, table
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import JsonFlag, console, context, reported, say_json, table
 from snowdrop.content.keys import key_domain, rotate_key, tenant_keys
 from snowdrop.domain.ids import TenantId
 

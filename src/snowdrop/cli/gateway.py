@@ -8,8 +8,7 @@ import signal
 import msgspec
 import typer
 
-from snowdrop.cli.output import console, context, reported, say_json
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import JsonFlag, console, context, reported, say_json
 from snowdrop.domain.errors import PlatformDownError
 from snowdrop.domain.settings import Settings
 from snowdrop.engine.local import read_record

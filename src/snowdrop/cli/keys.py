@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from snowdrop.cli.output import console, context, human_age, reported, say_json, table
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import JsonFlag, console, context, human_age, reported, say_json, table
 from snowdrop.domain.service import PRIORITY_MAX
 from snowdrop.state.port import KeyRecord
 from snowdrop.wire.api import MakeKey, NewKey

@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from snowdrop.cli import content_keys
+from snowdrop.cli import content_keys, mounts
 from snowdrop.cli.output import (
     Context,
+    JsonFlag,
     console,
     context,
     errors,
@@ -21,7 +22,6 @@ from snowdrop.cli.output import (
     say_json,
     table,
 )
-from snowdrop.cli.platform import JsonFlag
 from snowdrop.cli.publishing import Publication, publication
 from snowdrop.content.ingest import (
     Compress,
@@ -46,6 +46,7 @@ from snowdrop.wire.api import Info
 
 app = typer.Typer(no_args_is_help=True, help="Models: push, list, show, remove.")
 app.add_typer(content_keys.app, name="keys")
+mounts.add_commands(app)
 
 
 SourceArgument = Annotated[

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from snowdrop.cli.output import console, context, human_bytes, reported, say_json, table
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import JsonFlag, console, context, human_bytes, reported, say_json, table
 from snowdrop.domain.deployment import ModelRecord
 from snowdrop.domain.ids import TenantId
 from snowdrop.wire.mounts import PersonalMount, Unmount

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -22,6 +22,8 @@ from snowdrop.domain.layout import StateLayout
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)

@@ -16,7 +16,7 @@ import typer
 from rich.text import Text
 
 from snowdrop.agent.probe import Probe, probe_sandbox, run_all
-from snowdrop.cli.output import Context, console, context, errors, reported, say_json, table
+from snowdrop.cli.output import Context, JsonFlag, console, context, errors, reported, say_json, table
 from snowdrop.content.origin import open_origin
 from snowdrop.content.signing import KeyStore
 from snowdrop.domain.errors import PlatformDownError, SandboxError, SnowdropError, TimedOutError
@@ -27,8 +27,6 @@ UP_S_MAX = 30.0
 DOWN_S_MAX = 90.0
 NODE_S_MAX = 20.0
 BACKLOG = 1024
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 def up(

@@ -9,8 +9,17 @@ import msgspec
 import typer
 from rich.text import Text
 
-from snowdrop.cli.output import console, context, human_age, human_bytes, human_ns, reported, say_json, table
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import (
+    JsonFlag,
+    console,
+    context,
+    human_age,
+    human_bytes,
+    human_ns,
+    reported,
+    say_json,
+    table,
+)
 from snowdrop.domain.errors import NotFoundError
 from snowdrop.domain.receipt import Receipt, Span
 from snowdrop.domain.usage import UsageTotal

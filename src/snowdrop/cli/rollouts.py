@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from snowdrop.cli.output import Context, console, context, human_age, reported, say_json, table
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import Context, JsonFlag, console, context, human_age, reported, say_json, table
 from snowdrop.domain.rollout import Rollout, RolloutPhase
 from snowdrop.wire.api import RevisionView, Rollback, RolloutView
 

@@ -15,8 +15,7 @@ import typer
 
 from snowdrop import engines
 from snowdrop.cli.models import manifest_of, push_model
-from snowdrop.cli.output import Context, console, context, errors, human_bytes, reported, say_json
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import Context, JsonFlag, console, context, errors, human_bytes, reported, say_json
 from snowdrop.cli.publishing import publish_revision
 from snowdrop.content.ingest import Filter, SourceOptions
 from snowdrop.content.keys import load_keyring

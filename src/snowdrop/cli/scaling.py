@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from snowdrop.cli.output import console, context, reported, say_json
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import JsonFlag, console, context, reported, say_json
 from snowdrop.cli.why import parse_duration_s
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.ids import RevisionId

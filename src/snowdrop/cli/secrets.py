@@ -11,8 +11,7 @@ from typing import Annotated
 
 import typer
 
-from snowdrop.cli.output import console, context, human_age, reported, say_json, table
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import JsonFlag, console, context, human_age, reported, say_json, table
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.secret import SECRET_BYTES_MAX
 from snowdrop.wire.api import PutSecret, Rotated, SecretView

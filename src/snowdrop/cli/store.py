@@ -12,6 +12,7 @@ from snowdrop.cli import node_store, store_keys, verifying
 from snowdrop.cli.output import (
     EXIT_FAILED,
     Context,
+    JsonFlag,
     console,
     context,
     errors,
@@ -20,7 +21,6 @@ from snowdrop.cli.output import (
     say_json,
     table,
 )
-from snowdrop.cli.platform import JsonFlag
 from snowdrop.content.collect import CollectionProgress, CollectionReport, Collector, forget_platform
 from snowdrop.content.gcformat import Root
 from snowdrop.content.keys import load_keyring

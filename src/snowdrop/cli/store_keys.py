@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from snowdrop.cli.output import Context, console, context, errors, human_age, reported, say_json
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import Context, JsonFlag, console, context, errors, human_age, reported, say_json
 from snowdrop.content.layout import ref_key
 from snowdrop.content.origin import Origin, open_origin
 from snowdrop.content.refs import fetch_ref, sign_again, verify_ref

@@ -11,8 +11,7 @@ import msgspec
 import typer
 
 from snowdrop.cli.client import Client
-from snowdrop.cli.output import console, context, human_age, human_bytes, reported, say_json, table
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import JsonFlag, console, context, human_age, human_bytes, reported, say_json, table
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.task import Task, TaskState
 from snowdrop.wire.tasks import WAIT_S_MAX, NewTask, TaskCount, TaskPage, WebhookSecret

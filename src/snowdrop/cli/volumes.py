@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from snowdrop.cli.output import console, context, human_age, human_bytes, reported, say_json, table
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import JsonFlag, console, context, human_age, human_bytes, reported, say_json, table
 from snowdrop.wire.api import CreateVolume, VolumeView
 
 app = typer.Typer(no_args_is_help=True, help="Persistent directories that services mount by name.")

@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from snowdrop.cli.output import console, context, human_age, human_ns, reported, say_json, table
-from snowdrop.cli.platform import JsonFlag
+from snowdrop.cli.output import JsonFlag, console, context, human_age, human_ns, reported, say_json, table
 from snowdrop.cli.receipts import waterfall
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.replica import STARTING_STATES

@@ -230,3 +230,12 @@ class NewKey(msgspec.Struct, frozen=True, kw_only=True):
 
 class ApiError(msgspec.Struct, frozen=True):
     error: ErrorBody
+
+
+class ReplicaLine(msgspec.Struct, frozen=True, kw_only=True):
+    """A log line and whose it is."""
+
+    replica: str
+    unix_ms: int
+    stream: str
+    text: str
