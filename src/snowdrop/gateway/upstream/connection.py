@@ -8,11 +8,14 @@ connection after a 101. Nothing is decoded, followed, stored or sent again.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from typing import cast
 
 import httptools
 from multidict import CIMultiDict
+
+from snowdrop.gateway.upstream.pulse import HELD_BYTES_MAX, PULSE_S, Pulse
 
 HEAD_BYTES_MAX = 256 << 10
 BUFFER_BYTES_HIGH = 256 << 10
@@ -34,8 +37,12 @@ class BrokenError(OSError):
 class Connection(asyncio.Protocol):
     """A connection that carries one exchange at a time: `begin`, the answer's head, its chunks."""
 
-    def __init__(self) -> None:
+    def __init__(self, pulse: Pulse) -> None:
         self._loop = asyncio.get_running_loop()
+        self._pulse = pulse
+        self._may_hold = False
+        self._held = False
+        self._taken_s = -math.inf
         self._transport: asyncio.Transport
         self._parser = httptools.HttpResponseParser(self)
         self._headers: list[tuple[str, str]] = []
@@ -60,9 +67,11 @@ class Connection(asyncio.Protocol):
 
     # --- an exchange ---------------------------------------------------------------------------------------
 
-    def begin(self, head: bytes, *, method: str) -> None:
-        """Sends a request's head, with its body if that is whole. The rest goes by `write`."""
+    def begin(self, head: bytes, *, method: str, whole: bool) -> None:
+        """Sends a request's head, with its body if that is `whole`. The rest goes by `write`."""
         self.ended = False
+        self._taken_s = -math.inf
+        self._may_hold = whole  # otherwise both sides may speak in turns, and would wait for each other's beats
         self.content_length = None
         self._until_close = False
         self._is_head_request = method == "HEAD"
@@ -78,7 +87,7 @@ class Connection(asyncio.Protocol):
 
     async def chunk(self) -> bytes:
         """The next piece of the answer's body or of the tunnel; empty at its end. Raises BrokenError."""
-        while not self._chunks:
+        while self._held or not self._chunks:
             if self.ended:
                 return b""
             if self._lost is not None:
@@ -89,6 +98,7 @@ class Connection(asyncio.Protocol):
             finally:
                 self._waiter = None
         taken = self._chunks.popleft() if len(self._chunks) == 1 else self._all_chunks()
+        self._taken_s = self._loop.time()
         self._buffered -= len(taken)
         if self._reading_paused and self._buffered <= BUFFER_BYTES_LOW and self._lost is None:
             self._reading_paused = False
@@ -219,7 +229,7 @@ class Connection(asyncio.Protocol):
         if self.status != SWITCHING_PROTOCOLS:
             self.fail("the replica changed the protocol without being asked")
             return
-        self.raw = True
+        self.raw, self._may_hold = True, False
         if first:
             self._keep(first)
 
@@ -229,9 +239,17 @@ class Connection(asyncio.Protocol):
         if self._buffered > BUFFER_BYTES_HIGH and not self._reading_paused:
             self._reading_paused = True
             self._transport.pause_reading()
-        self._wake()
+        if self._held:
+            if self._buffered >= HELD_BYTES_MAX:
+                self._wake()
+        elif self._may_hold and len(data) < HELD_BYTES_MAX and self._loop.time() < self._taken_s + PULSE_S:
+            self._held = True
+            self._pulse.hold(self._wake)
+        else:
+            self._wake()
 
     def _wake(self) -> None:
+        self._held = False
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

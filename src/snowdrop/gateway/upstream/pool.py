@@ -16,6 +16,7 @@ from multidict import CIMultiDict
 
 from snowdrop.domain.errors import InvalidInputError, SnowdropError
 from snowdrop.gateway.upstream.connection import BrokenError, Connection, UnconnectedError
+from snowdrop.gateway.upstream.pulse import Pulse
 
 IDLE_S_MAX = 60.0
 """Below the replica's own keep-alive bound, so that a connection is never closed under a request."""
@@ -33,6 +34,7 @@ class Upstreams:
 
     def __init__(self) -> None:
         self._idle: dict[str, deque[Connection]] = {}
+        self._pulse = Pulse()
 
     def exchange(
         self,
@@ -58,7 +60,7 @@ class Upstreams:
         try:
             async with asyncio.timeout(CONNECT_S_MAX):
                 _transport, connection = await asyncio.get_running_loop().create_unix_connection(
-                    Connection, socket_path
+                    lambda: Connection(self._pulse), socket_path
                 )
         except (OSError, TimeoutError) as error:
             raise UnconnectedError(str(error) or f"no connection in {CONNECT_S_MAX:g} s") from error
@@ -128,10 +130,10 @@ class Exchange:
         self._connection = await self._pool.take(self._path)
         try:
             if isinstance(self._body, bytes):
-                self._connection.begin(self._head + self._body, method=self._method)
+                self._connection.begin(self._head + self._body, method=self._method, whole=True)
                 self._sent = True
             else:
-                self._connection.begin(self._head, method=self._method)
+                self._connection.begin(self._head, method=self._method, whole=False)
                 self._tasks = await anyio.create_task_group().__aenter__()
                 self._tasks.start_soon(self._upload, self._body)
             await self._connection.answered()
