@@ -11,6 +11,7 @@ import pytest
 
 import snowdrop as sd
 from snowdrop import engines
+from snowdrop.domain.errors import InvalidInputError
 from snowdrop.sdk.load import load_service
 from snowdrop.weights.loaded import LoadedModel
 
@@ -108,3 +109,9 @@ def test_an_embedder_gives_the_vectors_of_transformers(engine: Any) -> None:
     expected = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
     assert (torch.tensor(answer.vectors) - expected).abs().max().item() < 1e-4
     assert answer.prompt_tokens == int(batch["attention_mask"].sum())
+    ids = [[int(token) for token in row if token] for row in batch["input_ids"]]
+    by_token = service.embeddings(sd.EmbeddingRequest(input=[*ids[:2], ids[2] * 2]))
+    assert (torch.tensor(by_token.vectors) - torch.tensor(answer.vectors)).abs().max().item() < 1e-4
+    assert by_token.prompt_tokens == answer.prompt_tokens
+    with pytest.raises(InvalidInputError, match="vocabulary"):
+        service.embeddings(sd.EmbeddingRequest(input=[100_000]))

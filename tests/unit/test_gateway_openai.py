@@ -29,6 +29,7 @@ from snowdrop.domain.errors import (
 from snowdrop.domain.ids import DEFAULT_TENANT, TenantId, parse_name
 from snowdrop.domain.openai_errors import headers_of, ours, shape, status_of
 from snowdrop.domain.servers import OPENAI_PATHS
+from snowdrop.domain.service import QueueSpec
 from snowdrop.gateway.app import build_app
 from snowdrop.gateway.broker import LocalBroker
 from snowdrop.gateway.carrier import Carrier
@@ -91,6 +92,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     routes = (
         route(name="chat", openai=OPENAI_PATHS, created_unix_s=77),
         route(name="plain"),
+        route(name="patient", openai=OPENAI_PATHS, queue=QueueSpec(progress_first_s=0.0)),
         route(name="embed", openai=("/v1/embeddings",), created_unix_s=78),
         route(name="theirs", tenant=TenantId("other"), openai=OPENAI_PATHS),
         route(name="broken", openai=OPENAI_PATHS, refusal=RevisionFailedError("it does not start").body()),
@@ -122,6 +124,7 @@ async def test_the_list_has_the_tenants_own_that_speak_the_dialect_and_wakes_non
         ("broken", 0, "default"),
         ("chat", 77, "default"),
         ("embed", 78, "default"),
+        ("patient", 0, "default"),
     ]
     assert (await bench.client.models.retrieve("chat")).id == "chat"
     for unseen in ("theirs", "plain", "nowhere"):
@@ -282,6 +285,38 @@ async def test_a_services_own_error_is_put_into_their_shape_and_an_engines_passe
             await bench.client.embeddings.create(model="chat", input="x")
         assert odd.value.status_code == 418
         assert odd.value.body == theirs["error"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (500, b"<html>no</html>", "answered 500: <html>no</html>"),
+        (422, b'{"detail": "bad"}', 'answered 422: {"detail": "bad"}'),
+        (503, b"", "answered 503"),
+        (400, b'{"error": {"message": "as it is"}}', "^as it is$"),
+    ],
+)
+async def test_any_failure_is_one_for_a_stream_that_has_begun_while_it_waited(
+    bench: Bench, status: int, body: bytes, said: str
+) -> None:
+    begun, failed = anyio.Event(), anyio.Event()
+
+    async def ask() -> None:
+        stream = await bench.client.chat.completions.create(**say(model="patient", stream=True))
+        begun.set()
+        with pytest.raises(openai.APIError, match=said):
+            await anext(aiter(stream))
+        failed.set()
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(status=status, body=body)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask)
+        with anyio.fail_after(WAIT_S_MAX):
+            await begun.wait()
+            async with bench.replica(answer, "patient"):
+                await failed.wait()
 
 
 async def test_a_replica_that_dies_in_a_stream_ends_it_with_their_error(bench: Bench) -> None:

@@ -84,6 +84,7 @@ async def test_pieces_become_chunks_of_a_stream() -> None:
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, None, "length"]
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], 5)
+    assert all(chunk["usage"] is None for chunk in chunks), "a client may read it of every chunk"
     assert all("usage" not in event for event in events(plain)[:-1])
 
 
@@ -119,6 +120,36 @@ async def test_failures_have_the_shape_of_the_dialect() -> None:
     assert wrong.json()["error"]["param"] == "messages"
     assert nothing.status == 400
     assert got.status == 405
+
+
+async def test_more_choices_than_a_method_gives_are_refused_by_name() -> None:
+    async with started(Model) as app:
+        for more in ({"n": 2}, {"n": 2, "stream": True}):
+            answer = await post(app, "/v1/chat/completions", chat("one", **more))
+            assert (answer.status, answer.json()["error"]["param"]) == (400, "n")
+        assert (await post(app, "/v1/chat/completions", chat("one", n=1))).status == 200
+
+
+async def test_tokens_for_a_model_that_takes_texts_are_refused_by_name() -> None:
+    async with started(Model) as app:
+        for tokens in ([1, 2], [[1, 2], [3]], ["a", [1]]):
+            answer = await post(app, "/v1/embeddings", {"model": "m", "input": tokens})
+            assert (answer.status, answer.json()["error"]["param"]) == (400, "input")
+            assert "send texts" in answer.json()["error"]["message"]
+
+
+def test_the_input_of_embeddings_is_texts_or_tokens() -> None:
+    def tokens(given: list[str | int | list[int]]) -> list[list[int]] | None:
+        return sd.EmbeddingRequest(input=given).tokens
+
+    assert tokens(["a", "b"]) is None
+    assert tokens([1, 2]) == [[1, 2]]
+    assert tokens([[1, 2], [3]]) == [[1, 2], [3]]
+    for wrong in (["a", 1], [1, [2]], ["a", [1]], [[]], [-1], [[1], [-1]]):
+        with pytest.raises(InvalidInputError) as refused:
+            tokens(wrong)
+        assert refused.value.fields is not None
+        assert refused.value.fields[0]["field"] == "input"
 
 
 def test_a_method_must_take_the_whole_request() -> None:

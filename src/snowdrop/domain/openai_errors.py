@@ -14,6 +14,8 @@ from snowdrop.domain.errors import ErrorBody, InvalidInputError, SnowdropError, 
 
 SERVER_ERROR = "server_error"
 INVALID_REQUEST = "invalid_request_error"
+FOREIGN_BYTES_MAX = 1_000
+"""What is told of an answer that is no JSON."""
 
 _CODES = {
     "unauthorised": "invalid_api_key",
@@ -65,6 +67,19 @@ def shape(
         next_step=error.next_step,
         request_id=request_id,
     )
+
+
+def foreign(status: int, body: bytes, request_id: str) -> bytes:
+    """The failure of a server of another kind as one of this shape: as it is if it has `error`, else wrapped."""
+    try:
+        if msgspec.json.decode(body, type=_Theirs).error is not None:
+            return body
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        pass
+    said = body[:FOREIGN_BYTES_MAX].decode(errors="replace").strip()
+    message = f"the model's server answered {status}: {said}" if said else f"the model's server answered {status}"
+    kind = INVALID_REQUEST if status < 500 else SERVER_ERROR
+    return encoded(OpenAiError(message=message, type=kind, code=str(status), request_id=request_id))
 
 
 def encoded(error: OpenAiError) -> bytes:

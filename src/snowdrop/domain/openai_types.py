@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from snowdrop.domain.errors import InvalidInputError
+
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     """One message. `content` is text, or parts of which those of type `text` have text."""
@@ -76,9 +78,9 @@ class CompletionRequest(_Sampling, frozen=True, kw_only=True):
 
 
 class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request of `/v1/embeddings`; `texts` has its input as a list."""
+    """A request of `/v1/embeddings`: texts, or the token ids of texts, in the vocabulary of the model itself."""
 
-    input: str | list[str]
+    input: str | list[str | int | list[int]]
     model: str = ""
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
@@ -86,7 +88,34 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def texts(self) -> list[str]:
-        return [self.input] if isinstance(self.input, str) else self.input
+        """The input as texts. Raises InvalidInputError where it is tokens."""
+        given = [self.input] if isinstance(self.input, str) else self.input
+        texts = [each for each in given if isinstance(each, str)]
+        if len(texts) != len(given):
+            raise _wrong_input("token ids are not supported by this model: send texts")
+        return texts
+
+    @property
+    def tokens(self) -> list[list[int]] | None:
+        """The input as lists of token ids, one for each text; None where it is texts.
+
+        Raises InvalidInputError for a mixture, for a list without an id, and for negative ids.
+        """
+        if isinstance(self.input, str) or all(isinstance(each, str) for each in self.input):
+            return None
+        one = [each for each in self.input if isinstance(each, int)]
+        many = [one] if one else [each for each in self.input if isinstance(each, list)]
+        if len(one or many) != len(self.input):
+            raise _wrong_input("give one text, texts, the token ids of one text, or lists of token ids")
+        if not all(many) or any(token < 0 for each in many for token in each):
+            raise _wrong_input("a list of token ids has at least one, and none is negative")
+        return many
+
+
+def _wrong_input(problem: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"the input does not fit: {problem}", where="input", fields=[{"field": "input", "problem": problem}]
+    )
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True):

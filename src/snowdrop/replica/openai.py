@@ -39,6 +39,7 @@ class Asked(msgspec.Struct):
     stream: bool | None = None
     stream_options: _Options | None = None
     encoding_format: str = "float"
+    n: int | None = None
 
 
 class BodyDecoder:
@@ -84,6 +85,7 @@ class Answer:
         self._is_chat = exchange.path == CHAT
         self._id = fresh_id("chatcmpl" if self._is_chat else "cmpl")
         self._created = int(time.time())
+        self._tells_usage = asked.stream_options is not None and asked.stream_options.include_usage
         self._form = StreamForm(content_type=SSE, item=_event, failure=_failure)
 
     async def value(self, value: object) -> None:
@@ -91,10 +93,12 @@ class Answer:
         if self._exchange.path == EMBEDDINGS:
             await self._send_json(self._embeddings(value))
         elif isinstance(value, str) and self._asked.stream:
+            self._check_one()
             await self._begin()
             await self._piece(value)
             await self._finish(Finish())
         elif isinstance(value, str):
+            self._check_one()
             await self._send_json(self._completion(value, Finish()))
         elif self._asked.stream:
             raise InvalidInputError(
@@ -111,6 +115,8 @@ class Answer:
         texts: list[str] = []
         finish = Finish()
         first = await items.next()  # before anything goes out: an early failure is an answer of its own
+        if isinstance(first, str | Finish):
+            self._check_one()
         if self._asked.stream:
             await self._begin()
         item = first
@@ -136,6 +142,16 @@ class Answer:
 
     # --- inside -------------------------------------------------------------------------------------------
 
+    def _check_one(self) -> None:
+        """Texts become one choice; a method that makes several gives whole objects."""
+        if self._asked.n not in {None, 1}:
+            raise InvalidInputError(
+                "this model gives one choice per request",
+                where="n",
+                next_step="leave `n` out, and send the request as often as you want choices",
+                fields=[{"field": "n", "problem": "only 1 is supported"}],
+            )
+
     async def _begin(self) -> None:
         await self._exchange.begin_stream(self._form)
         if self._is_chat:
@@ -147,8 +163,7 @@ class Answer:
     async def _finish(self, finish: Finish) -> None:
         last: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
         await self._write(self._chunk({**last, "finish_reason": finish.reason}))
-        options = self._asked.stream_options
-        if options is not None and options.include_usage:
+        if self._tells_usage:
             await self._write({**self._chunk(None), "usage": _usage(finish)})
         await self._exchange.write(b"data: [DONE]\n\n", more=False)
 
@@ -157,7 +172,8 @@ class Answer:
 
     def _chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
         choices = [] if choice is None else [{"index": 0, "finish_reason": None, "logprobs": None, **choice}]
-        return {**self._head("chat.completion.chunk" if self._is_chat else "text_completion"), "choices": choices}
+        chunk = {**self._head("chat.completion.chunk" if self._is_chat else "text_completion"), "choices": choices}
+        return {**chunk, "usage": None} if self._tells_usage else chunk
 
     def _completion(self, text: str, finish: Finish) -> dict[str, Any]:
         said = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}

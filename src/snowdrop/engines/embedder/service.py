@@ -27,37 +27,53 @@ class Embedder:
         said = settings(model, "sentence_bert_config.json").get("max_seq_length")
         limit = min(int(said or TOKENS_MAX), int(self.network.config.max_position_embeddings or TOKENS_MAX))
         self.tokenizer.enable_truncation(limit)
-        self.tokenizer.enable_padding(pad_id=self.network.config.pad_token_id or 0)
+        self.tokenizer.no_padding()  # the file may ask for it
+        self.tokens_max = limit
         self.by_first_token = bool(settings(model, "1_Pooling/config.json").get("pooling_mode_cls_token"))
 
     @sd.endpoint("/v1/embeddings")
     def embeddings(self, request: sd.EmbeddingRequest) -> sd.Embeddings:
-        """OpenAI's embeddings: one vector of length 1 per text."""
+        """OpenAI's embeddings: one vector of length 1 per text. Token ids are taken as they are, of this model."""
+        given = request.tokens
+        ids = self.ids_of(request.texts) if given is None else self.checked(given)
         vectors: list[list[float]] = []
-        tokens = 0
-        for start in range(0, len(request.texts), BATCH_MAX):
-            some, count = self.compute(request.texts[start : start + BATCH_MAX])
-            vectors += some
-            tokens += count
+        for start in range(0, len(ids), BATCH_MAX):
+            vectors += self.compute(ids[start : start + BATCH_MAX])
         if request.dimensions is not None and vectors and request.dimensions != len(vectors[0]):
             raise InvalidInputError(
                 f"the vectors of this model have {len(vectors[0])} numbers",
                 where="dimensions",
                 fields=[{"field": "dimensions", "problem": "cannot be changed for this model"}],
             )
-        return sd.Embeddings(vectors=vectors, prompt_tokens=tokens)
+        return sd.Embeddings(vectors=vectors, prompt_tokens=sum(map(len, ids)))
 
-    def compute(self, texts: list[str]) -> tuple[list[list[float]], int]:
-        """Vectors, and how many tokens the texts have."""
-        batch = self.tokenizer.encode_batch(texts)
-        ids = torch.tensor([each.ids for each in batch], device=self.device)
-        attended = torch.tensor([each.attention_mask for each in batch], device=self.device)
+    def ids_of(self, texts: list[str]) -> list[list[int]]:
+        return [each.ids for each in self.tokenizer.encode_batch(texts)]
+
+    def checked(self, tokens: list[list[int]]) -> list[list[int]]:
+        """Cut as texts are. Raises InvalidInputError for ids that the model does not have."""
+        known = int(self.network.config.vocab_size)
+        if any(token >= known for each in tokens for token in each):
+            raise InvalidInputError(
+                f"token ids of this model are below {known}: these are of another model's vocabulary",
+                where="input",
+                next_step="send texts, or ids from this model's own tokenizer",
+                fields=[{"field": "input", "problem": "not of this model's vocabulary"}],
+            )
+        return [each[: self.tokens_max] for each in tokens]
+
+    def compute(self, tokens: list[list[int]]) -> list[list[float]]:
+        """One vector for each list of token ids."""
+        longest, pad = max(map(len, tokens)), self.network.config.pad_token_id or 0
+        ids = torch.tensor([each + [pad] * (longest - len(each)) for each in tokens], device=self.device)
+        mask = [[1] * len(each) + [0] * (longest - len(each)) for each in tokens]
+        attended = torch.tensor(mask, device=self.device)
         with torch.inference_mode():
             states = self.network(input_ids=ids, attention_mask=attended).last_hidden_state.float()
             mask = attended.unsqueeze(-1).to(states.dtype)
             pooled = states[:, 0] if self.by_first_token else (states * mask).sum(dim=1) / mask.sum(dim=1)
             vectors: list[list[float]] = torch.nn.functional.normalize(pooled, dim=1).tolist()
-        return vectors, int(attended.sum())
+        return vectors
 
 
 def settings(model: sd.LoadedModel, path: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from snowdrop.domain.errors import SnowdropError
-from snowdrop.domain.openai_errors import encoded, headers_of, ours, shape, status_of
+from snowdrop.domain.openai_errors import encoded, foreign, headers_of, ours, shape, status_of
 from snowdrop.gateway.call import Call
 from snowdrop.gateway.httpsink import HttpSink
 
@@ -34,6 +34,8 @@ class OpenAiSink(HttpSink):
         error = ours(body) if status >= 400 else None
         if error is not None:
             return self.error_event(error)
+        if status >= 400:
+            body = foreign(status, body, self._request_id)
         lines = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         event = b"".join(b"data: " + line + b"\n" for line in lines) + b"\n"
         return event if status >= 400 else event + DONE
