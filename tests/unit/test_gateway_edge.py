@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import socket
 import ssl
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import anyio
 import anyio.abc
 import pytest
 import trustme
-from aiohttp import web
+from aiohttp import StreamReader, web
+from aiohttp.test_utils import make_mocked_request
 from cryptography.hazmat.primitives import serialization
 from test_gateway_relay import Bench, bench, read_head
 
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.settings import GatewaySettings
 from snowdrop.gateway.app import build_app
+from snowdrop.gateway.bodies import IncomingBody
 from snowdrop.gateway.carrier import Carrier
 from snowdrop.gateway.edge.server import EdgeServer, Listening
 from snowdrop.gateway.edge.tls import Certificate, open_certificate
@@ -75,6 +81,58 @@ async def test_who_expects_100_is_told_to_go_on(bench: Bench) -> None:
         assert (await read_until(client, b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
         await client.send(b"abc")
         assert (await read_until(client, b"abc")).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+async def test_a_compressed_body_goes_up_as_it_is(bench: Bench, is_chunked: bool) -> None:
+    """Unpacked on the way it would be cut at the length of what was packed, and not be what its headers say."""
+    packed = gzip.compress(b"a" * 100_000)
+    got: list[tuple[str, bytes]] = []
+
+    async def take(request: web.Request) -> web.Response:
+        # The replica of this test is aiohttp's server, which unpacks by itself.
+        got.append((request.headers.get("content-encoding", ""), await request.read()))
+        return web.Response()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield packed[:30]
+        yield packed[30:]
+
+    async with bench.replica(take):
+        data = pieces() if is_chunked else packed
+        answer = await bench.client.post("/e/x", data=data, headers={"content-encoding": "gzip"})
+        assert answer.status == 200
+    assert got == [("gzip", b"a" * 100_000)]
+
+
+async def test_a_body_that_says_it_is_compressed_is_the_replicas_to_judge(bench: Bench) -> None:
+    raw: list[bytes] = []
+
+    async def serve(stream: anyio.abc.SocketStream) -> None:
+        raw.append(await read_until(stream, b"no gzip"))
+        await stream.send(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+
+    async with bench.raw_replica(serve):
+        answer = await bench.client.post("/e/x", data=b"no gzip", headers={"content-encoding": "gzip"})
+        assert answer.status == 200
+    assert b"content-length: 7\r\n" in raw[0].lower()
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_a_body_that_breaks_off_is_its_senders_fault(is_late: bool) -> None:
+    """As the replica's it would count against a revision, and send a rollout back."""
+    content = StreamReader(mock.Mock(), 1 << 16, loop=asyncio.get_running_loop())
+    request = make_mocked_request("POST", "/e/x", {"transfer-encoding": "chunked"}, payload=content)
+    if is_late:
+        content.feed_data(b"a")
+        body = await IncomingBody.begin(request, 1 << 20)
+        stream = body.stream()
+        assert await anext(stream) == b"a"
+    content.set_exception(web.RequestPayloadError("400, bad chunk"))
+    with pytest.raises(InvalidInputError, match="bad chunk"):
+        await (anext(stream) if is_late else IncomingBody.begin(request, 1 << 20))
+    if is_late:
+        assert isinstance(body.refused, InvalidInputError)
 
 
 async def test_trailers_are_dropped_and_heads_keep_their_length(bench: Bench) -> None:

@@ -100,6 +100,12 @@ async def test_another_method_gets_405_with_allow() -> None:
         assert (answer.status, answer.headers["allow"]) == (405, "GET, POST")
 
 
+async def test_a_compressed_body_is_refused_for_what_it_is() -> None:
+    async with started(Sums) as app:
+        answer = await post(app, "/add", parts=[b"\x1f\x8b"], headers={"content-encoding": "gzip"})
+        assert (answer.status, answer.json()["error"]["where"]) == (422, "header content-encoding")
+
+
 @pytest.mark.parametrize("is_declared", [True, False])
 async def test_a_body_above_the_bound_gets_413(is_declared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "REQUEST_BYTES_MAX", 10)

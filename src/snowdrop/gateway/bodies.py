@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator
 
 from aiohttp import StreamReader, web
 
-from snowdrop.domain.errors import SnowdropError, TimedOutError, TooLargeError
+from snowdrop.domain.errors import InvalidInputError, SnowdropError, TimedOutError, TooLargeError
 
 BODY_WHOLE_BYTES_MAX = 64 << 10
 """Bodies up to this size are relayed in one piece: one write instead of several."""
 BODY_STALL_S_MAX = 30.0
+ERROR_CHARS_MAX = 200
 BODY_PACE_BYTES_S_MIN = 16 << 10
 """After the first BODY_STALL_S_MAX a body must have come at least this fast on average."""
 
@@ -64,6 +65,9 @@ class IncomingBody:
             except TimeoutError as error:
                 self.refused = _too_slow()
                 raise self.refused from error
+            except web.RequestPayloadError as error:
+                self.refused = _broken(error)  # the client's fault, and no sign against its replica
+                raise self.refused from error
             if not chunk:
                 return
             self.received_bytes += len(chunk)
@@ -87,11 +91,19 @@ async def _first_part(content: StreamReader, length: int | None) -> tuple[bytes,
         return error.partial, True
     except TimeoutError as error:
         raise _too_slow() from error
+    except web.RequestPayloadError as error:
+        raise _broken(error) from error
 
 
 def _too_large(bytes_max: int, message: str) -> TooLargeError:
     return TooLargeError(
         message, where=f"gateway.request_bytes_max={bytes_max}", next_step="send less, or raise the setting"
+    )
+
+
+def _broken(error: web.RequestPayloadError) -> InvalidInputError:
+    return InvalidInputError(
+        "the request's body is not as its headers say", where=f"request body: {str(error)[:ERROR_CHARS_MAX]}"
     )
 
 

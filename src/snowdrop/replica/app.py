@@ -241,6 +241,13 @@ async def _own_error(call: Awaitable[T]) -> T:
 
 def _decode(decoder: Decoder, exchange: Exchange, body: bytes) -> dict[str, Any]:
     if exchange.method == "POST":
+        encoding = exchange.headers.get("content-encoding", "").strip().lower()
+        if encoding not in {"", "identity"}:
+            raise InvalidInputError(
+                f"bodies are not unpacked here, and this one is {encoding[:32]!r}",
+                where="header content-encoding",
+                next_step="send it uncompressed",
+            )
         return decoder.from_body(body)
     try:
         pairs = parse_qsl(exchange.query.decode("utf-8"), keep_blank_values=True, max_num_fields=QUERY_FIELDS_MAX)

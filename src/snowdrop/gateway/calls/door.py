@@ -156,6 +156,7 @@ async def serving_calls(
         handler_cancellation=True,
         shutdown_timeout=shutdown_s_max,
         keepalive_timeout=KEEPALIVE_S,
+        auto_decompress=False,
     )
     await runner.setup()
     try:

@@ -73,6 +73,8 @@ class EdgeServer:
             # We wait ourselves, before: aiohttp drops what clients send while it waits, uploads and all.
             shutdown_timeout=CUT_S_MAX,
             keepalive_timeout=KEEPALIVE_S,
+            # What is compressed goes up as it is: its length and encoding are those that were sent.
+            auto_decompress=False,
         )
 
     async def start(self) -> None:
