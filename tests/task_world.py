@@ -12,7 +12,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from platform_helpers import deployment, report, revision
-from snowdrop.control.api import _typed_errors
+from snowdrop.control.http import typed_errors
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.peers import Peers
 from snowdrop.control.recorder import Recorder
@@ -78,7 +78,7 @@ class TaskWorld:
     async def serving(self) -> AsyncIterator[aiohttp.ClientSession]:
         """The API on `socket`, and a session to it."""
         await self.tasks.load()
-        app = web.Application(middlewares=[_typed_errors], client_max_size=16 << 20)
+        app = web.Application(middlewares=[typed_errors], client_max_size=16 << 20)
         app.add_routes(self.tasks.routes())
         async with (
             serving_unix(app, self.socket),
