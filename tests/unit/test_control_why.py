@@ -1,5 +1,6 @@
 """What control keeps and says of its decisions: history across a restart, `why`, bounds of single revisions."""
 
+import time
 from collections.abc import AsyncIterator
 
 import anyio
@@ -8,23 +9,30 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from platform_helpers import KEY, NAME, load, receipt
+from platform_helpers import KEY, NAME, load, receipt, replica_route, route
 from scaling_world import GATEWAY, ScalingWorld
 from snowdrop.cli.scaling import parse_schedule
 from snowdrop.cli.why import parse_duration_s
-from snowdrop.control import scaling
+from snowdrop.control import asking, scaling
+from snowdrop.control.asking import WaitQuestions
+from snowdrop.control.http import typed_errors
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.recorder import Recorder
 from snowdrop.control.why_api import WhyApi
+from snowdrop.control.world import DeploymentKey
 from snowdrop.domain.errors import InvalidInputError, SnowdropError
 from snowdrop.domain.ids import DEFAULT_TENANT
 from snowdrop.domain.scale import Scale, ScaleBounds, Schedule
 from snowdrop.domain.service import ServiceSpec
+from snowdrop.gateway.owner import Owner
+from snowdrop.gateway.queue import QueueCore
 from snowdrop.policy.autoscale import judge
 from snowdrop.policy.autoscale.explain import alternatives
 from snowdrop.policy.autoscale.learned import Learned, note_done, note_start
 from snowdrop.policy.autoscale.record import is_worth_keeping
-from snowdrop.wire.control import LoadReport
+from snowdrop.wire.codec import Message
+from snowdrop.wire.control import LoadReport, Routes, WaitsTold
+from snowdrop.wire.slots import Acquire
 from snowdrop.wire.waits import WaitRecord
 from snowdrop.wire.why import Why, WhyRequest
 
@@ -43,10 +51,15 @@ async def busy() -> ScalingWorld:
     return world
 
 
+async def nobody(_key: DeploymentKey, _request_id: str) -> list[WaitRecord]:
+    """No gateway has it waiting."""
+    return []
+
+
 @pytest.fixture
 async def client(busy: ScalingWorld) -> AsyncIterator[TestClient]:
     app = web.Application()
-    app.add_routes(WhyApi(busy.loop).routes())
+    app.add_routes(WhyApi(busy.loop, nobody).routes())
     async with TestClient(TestServer(app)) as made:
         yield made
 
@@ -167,7 +180,7 @@ async def test_a_request_of_which_nothing_is_kept_is_said_so(busy: ScalingWorld)
             return web.json_response({"message": error.message, "next": error.next_step}, status=error.http_status)
 
     app = web.Application(middlewares=[typed])
-    app.add_routes(WhyApi(busy.loop).routes())
+    app.add_routes(WhyApi(busy.loop, nobody).routes())
     async with TestClient(TestServer(app)) as made:
         missing = await made.get(f"/v1/deployments/{NAME}/why/req-0")
         assert missing.status == 404
@@ -265,3 +278,65 @@ def test_an_old_revision_without_the_new_fields_is_read() -> None:
     old = b"""{"class_name": "Embed", "scale": {"min": 0, "max": 2, "idle_s": 60.0, "target": 0.7,
               "stable_window_s": 60.0, "panic_window_s": 6.0}}"""
     assert msgspec.json.decode(old, type=ServiceSpec).scale == Scale(max=2)
+
+
+class Line:
+    """A gateway's queue in front of one busy replica, as control reaches it."""
+
+    def __init__(self) -> None:
+        self.core = QueueCore(keys_required=False)
+        self.owner = Owner(self.core, "gw-0")
+        self.owner.connected(self)
+        self.owner.attach("w", lambda _message: None)
+        self.owner.from_control(Routes(generation=1, deployments=(route(replica_route(concurrency=1)),)))
+        self.asked = WaitQuestions(lambda: {"gw-0", *self.deaf}, self.owner.from_control)
+        self.deaf: set[str] = set()
+
+    def send_soon(self, message: Message) -> None:
+        if isinstance(message, WaitsTold):
+            self.asked.heard("gw-0", message)
+            self.asked.heard("gw-0", message)  # a second time changes nothing
+
+    def load_changed(self) -> None: ...
+
+    def arrive(self, request_id: str, ticket: int) -> None:
+        now = time.time_ns()
+        wanted = Acquire(
+            ticket=ticket, key_sha256=None, deployment=NAME, request_id=request_id, arrived_unix_ns=now
+        )
+        self.owner.arrive("w", wanted)
+
+
+async def test_why_knows_of_a_request_that_waits_still(busy: ScalingWorld) -> None:
+    line = Line()
+    for ticket, name in enumerate(("has-the-slot", "first", "second")):
+        line.arrive(name, ticket)
+    app = web.Application(middlewares=[typed_errors])
+    app.add_routes(WhyApi(busy.loop, line.asked.ask).routes())
+    async with TestClient(TestServer(app)) as client:
+
+        async def told(name: str) -> WaitRecord:
+            answer = await client.get(f"/v1/deployments/{NAME}/why/{name}")
+            (wait,) = msgspec.json.decode(await answer.read(), type=WhyRequest).waits
+            return wait
+
+        wait = await told("second")
+        assert (wait.outcome, wait.position, wait.request_id) == ("waiting", 1, "second")
+        assert wait.reason
+        line.owner.cancel("w", 1)
+        assert (await told("second")).position == 0, "as it is now, not as it was when it began"
+        assert (await client.get(f"/v1/deployments/{NAME}/why/has-the-slot")).status == 404
+        assert (await client.get("/v1/deployments/other/why/second")).status == 404
+
+
+async def test_a_gateway_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "ANSWER_S_MAX", 0.01)
+    line = Line()
+    for ticket in range(2):
+        line.arrive(f"r{ticket}", ticket)
+    line.deaf = {"gw-1"}
+    assert [wait.request_id for wait in await line.asked.ask(KEY, "r1")] == ["r1"]
+    line.deaf = set()
+    assert [wait.request_id for wait in await line.asked.ask(KEY, "r1")] == ["r1"]
+    nobody_there = WaitQuestions(set, lambda _message: pytest.fail("asks nobody"))
+    assert await nobody_there.ask(KEY, "r1") == []

@@ -155,11 +155,10 @@ def _print_waits(waits: tuple[WaitRecord, ...]) -> None:
 
 def _print_request(told: WhyRequest) -> None:
     for wait in told.waits:
-        ago = human_age(time.time_ns(), wait.ended_unix_ns)
         waited = human_ns(wait.ended_unix_ns - wait.arrived_unix_ns)
-        console.print(
-            Text.assemble((wait.request_id, "bold"), f"  waited {waited}, {OUTCOMES[wait.outcome]}, {ago} ago")
-        )
+        ended = f"{OUTCOMES[wait.outcome]}, {human_age(time.time_ns(), wait.ended_unix_ns)} ago"
+        how = f"has waited {waited} so far" if wait.outcome == "waiting" else f"waited {waited}, {ended}"
+        console.print(Text.assemble((wait.request_id, "bold"), f"  {how}"))
         expected = "" if wait.expected_s is None else f"{wait.expected_s:.2f} s"
         rows = {
             "for": wait.reason,
@@ -186,6 +185,7 @@ OUTCOMES = {
     "refused": "then was refused",
     "too_long": "until its longest wait was over",
     "gone": "until its caller left",
+    "waiting": "and waits still",
 }
 
 

@@ -77,7 +77,7 @@ class Api:
                 web.delete("/v1/deployments/{name}", self._delete),
                 web.get("/v1/deployments/{name}/logs", self._logs),
                 *RolloutApi(self._loop, self._deploying).routes(),
-                *WhyApi(self._loop).routes(),
+                *WhyApi(self._loop, self._peers.questions.ask).routes(),
                 *(VolumesApi(self._loop.volumes).routes() if self._loop.volumes is not None else ()),
                 *(SecretsApi(self._loop, self._loop.secrets).routes() if self._loop.secrets is not None else ()),
                 web.get("/v1/receipts", self._list_receipts),

@@ -12,6 +12,7 @@ import anyio
 import anyio.abc
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
+from snowdrop.control.asking import WaitQuestions
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.routes import deployment_route
 from snowdrop.control.world import NodeEntry
@@ -37,6 +38,7 @@ from snowdrop.wire.control import (
     Routes,
     UsageBatch,
     UsageStored,
+    WaitsTold,
 )
 from snowdrop.wire.stream import MessageStream
 
@@ -55,6 +57,7 @@ class Peers:
         self._settle_s_max = settle_s_max
         self._agents: dict[NodeId, MemoryObjectSendStream[Message]] = {}
         self._gateways: dict[str, MemoryObjectSendStream[Message]] = {}
+        self.questions = WaitQuestions(lambda: set(self._gateways), self._to_gateways)
         self._settled = anyio.Event()
         self._keys: tuple[KeyGrant, ...] = ()
         self.caller_served: Callable[[ReceiptId, CallerTimes], None] = lambda _receipt, _caller: None
@@ -199,6 +202,8 @@ class Peers:
             self._loop.heard_idle(gateway, message.replica)
         elif isinstance(message, ReplicaUnreachable):
             log.warning("gateway %s cannot reach %s: %s", gateway, message.replica, message.message)
+        elif isinstance(message, WaitsTold):
+            self.questions.heard(gateway, message)
         elif isinstance(message, CallerServed):
             self.caller_served(message.receipt, message.caller)
             self._store_caller(message.receipt, message.caller)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
@@ -13,19 +14,22 @@ from snowdrop.control.loop import ControlLoop
 from snowdrop.control.world import DeploymentKey
 from snowdrop.domain.errors import InvalidInputError, NotFoundError
 from snowdrop.policy.autoscale.explain import alternatives
+from snowdrop.wire.waits import WaitRecord
 from snowdrop.wire.why import ReplicaWhy, Why, WhyRequest
 
 HISTORY_MAX = 1_000
 HISTORY_DEFAULT = 10
 WAITS_SHOWN = 5
 SINCE_S_MAX = 366 * 86_400.0
+AskGateways = Callable[[DeploymentKey, str], Awaitable[list[WaitRecord]]]
 
 
 class WhyApi:
     """Handlers. Nothing is computed anew but the alternatives: what is shown is what was decided."""
 
-    def __init__(self, loop: ControlLoop) -> None:
+    def __init__(self, loop: ControlLoop, ask_gateways: AskGateways) -> None:
         self._loop = loop
+        self._ask_gateways = ask_gateways
         self._store = loop.state.scaling
 
     def routes(self) -> list[web.RouteDef]:
@@ -63,14 +67,15 @@ class WhyApi:
 
     async def _why_request(self, request: web.Request) -> web.Response:
         key, request_id = key_of(request), request.match_info["request"]
-        waits = await self._store.get_waits(*key, request_id=request_id, limit=WAITS_SHOWN)
+        kept = await self._store.get_waits(*key, request_id=request_id, limit=WAITS_SHOWN)
+        waits = [*await self._ask_gateways(key, request_id), *kept]
         if not waits:
             if key not in self._loop.world.deployments:
                 raise unknown_deployment(key[1])
             raise NotFoundError(
                 f"nothing is kept of a request {request_id!r}",
                 where=f"deployment {key[1]}",
-                next_step="a request that hardly waited leaves no record, nor does one that waits still;"
+                next_step="a request that hardly waited leaves no record;"
                 f" `snowdrop why {key[1]}` shows the latest that did",
             )
         state = self._loop.state

@@ -23,6 +23,7 @@ from snowdrop.gateway.queue import QueueCore
 from snowdrop.telemetry.requests import RequestCounts
 from snowdrop.wire.codec import Message, check_version
 from snowdrop.wire.control import (
+    AskWaits,
     CallerServed,
     CallerStored,
     LoadReport,
@@ -31,6 +32,7 @@ from snowdrop.wire.control import (
     RouteChanged,
     Routes,
     ToGateway,
+    WaitsTold,
 )
 from snowdrop.wire.pipe import MessagePipe
 from snowdrop.wire.slots import (
@@ -215,6 +217,9 @@ class Owner:
             key = (message.tenant, message.deployment)
             self._speaking.change(key, message.route)
             self._carry_out(self._core.change_route(key, message.route, _now()))
+        elif isinstance(message, AskWaits):
+            waits = self._core.waiting((message.tenant, message.deployment), message.request_id, _now())
+            self._say(WaitsTold(ticket=message.ticket, waits=waits))
         elif isinstance(message, CallerStored):
             self._callers.pop(message.receipt, None)
 

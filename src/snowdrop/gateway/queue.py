@@ -33,11 +33,12 @@ from snowdrop.gateway.looking import looked
 from snowdrop.gateway.slots import Gauges, ReplicaSlots
 from snowdrop.gateway.table import Deployment, Lease, TicketKey, Waiting
 from snowdrop.gateway.traffic import is_free
-from snowdrop.gateway.waitlog import WaitLog
+from snowdrop.gateway.waitlog import WaitLog, waiting_now
 from snowdrop.policy import admission
 from snowdrop.tenancy.keys import authenticate
 from snowdrop.wire.control import DeploymentLoad, DeploymentRoute, KeyGrant
 from snowdrop.wire.slots import Acquire, Denied, Granted, Look, Outcome
+from snowdrop.wire.waits import WaitRecord
 
 PENALTY_S = 1.0
 """A replica that could not be reached is left out for so long, unless control says something of it first."""
@@ -235,6 +236,11 @@ class QueueCore:
     def gauges(self) -> tuple[Gauges, ...]:
         """How every deployment stands, for metrics; changes nothing."""
         return tuple(deployment.gauges() for deployment in self._deployments.values())
+
+    def waiting(self, key: DeploymentKey, request_id: str, now: Now) -> tuple[WaitRecord, ...]:
+        """How requests of that id wait; changes nothing."""
+        deployment = self._deployments.get(key)
+        return waiting_now(deployment, request_id, now) if deployment is not None else ()
 
     @property
     def worth_reporting(self) -> bool:

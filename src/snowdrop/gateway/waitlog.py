@@ -85,3 +85,24 @@ class WaitLog:
                 error=error,
             )
         )
+
+
+def waiting_now(deployment: Deployment, request_id: str, now: Now) -> tuple[WaitRecord, ...]:
+    """How requests of that id wait at this instant; costs as much as the line is long."""
+    found = [waiting for waiting in deployment.line.values() if waiting.request.request_id == request_id]
+    ranks = deployment.line.ranks() if found else {}
+    return tuple(
+        WaitRecord(
+            request_id=request_id,
+            tenant=deployment.route.tenant,
+            deployment=deployment.route.deployment,
+            arrived_unix_ns=waiting.since_unix_ns,
+            ended_unix_ns=now.unix_ns,
+            outcome="waiting",
+            reason=deployment.reason,
+            position=ranks[waiting.ticket],
+            priority=waiting.priority,
+            expected_s=deployment.expected_s(now, ranks[waiting.ticket]),
+        )
+        for waiting in found
+    )

@@ -10,7 +10,7 @@ import msgspec
 
 from snowdrop.domain.errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 FRAME_BYTES_MAX = 16 << 20
 
 T = TypeVar("T")

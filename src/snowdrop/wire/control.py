@@ -148,6 +148,13 @@ class ReplicaUnreachable(Message, frozen=True, kw_only=True):
     message: str
 
 
+class WaitsTold(Message, frozen=True, kw_only=True):
+    """Answers AskWaits: how the request waits, if it does so here."""
+
+    ticket: int
+    waits: tuple[WaitRecord, ...]
+
+
 class CallerServed(Message, frozen=True, kw_only=True):
     """The first request answered by a new replica; completes the start's receipt. Sent until acknowledged."""
 
@@ -255,6 +262,15 @@ class RouteChanged(Message, frozen=True, kw_only=True):
     route: DeploymentRoute | None
 
 
+class AskWaits(Message, frozen=True, kw_only=True):
+    """Whether a request waits at the gateway now. Answered once, by WaitsTold of that ticket; not repeated."""
+
+    ticket: int
+    tenant: TenantId
+    deployment: DeploymentName
+    request_id: str
+
+
 class CallerStored(Message, frozen=True, kw_only=True):
     receipt: ReceiptId
 
@@ -267,8 +283,8 @@ class LinkRefused(Message, frozen=True, kw_only=True):
 
 FromAgent = AgentHello | ReplicaChanged | UsageBatch
 ToAgent = StartReplica | DrainReplica | UsageStored | LinkRefused
-FromGateway = GatewayHello | LoadReport | ReplicaIdle | ReplicaUnreachable | CallerServed
-ToGateway = Routes | RouteChanged | CallerStored | LinkRefused
+FromGateway = GatewayHello | LoadReport | ReplicaIdle | ReplicaUnreachable | CallerServed | WaitsTold
+ToGateway = Routes | RouteChanged | CallerStored | AskWaits | LinkRefused
 
 FROM_PEER: Codec[FromAgent | FromGateway] = Codec(FromAgent | FromGateway)
 TO_AGENT: Codec[ToAgent] = Codec(ToAgent)

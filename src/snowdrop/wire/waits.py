@@ -8,14 +8,15 @@ import msgspec
 
 from snowdrop.domain.ids import DeploymentName, ReceiptId, ReplicaId, TenantId
 
-Outcome = Literal["granted", "refused", "too_long", "gone"]
+Outcome = Literal["granted", "refused", "too_long", "gone", "waiting"]
 
 
 class WaitRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One wait, from its beginning in the queue to its end.
 
     `position` is how many were ahead when it began, `reason` what it waited for then, in words, `expected_s` what
-    was forecast then (None: nothing was known). `gone`: the caller left. `receipt` is there if it waited for a
+    was forecast then (None: nothing was known). Of one that waits still (`waiting`) all of it is as it is at
+    `ended_unix_ns`. `gone`: the caller left. `receipt` is there if it waited for a
     replica to start; that has the phases. `error` is the kind of the error it got.
     """
 

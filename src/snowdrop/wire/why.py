@@ -45,7 +45,7 @@ class Why(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WhyRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """How a request waited: its waits (the last first), the starts that it waited for, the decisions meanwhile."""
+    """How a request waits or waited: its waits (the last first), the starts it waited for, decisions meanwhile."""
 
     waits: tuple[WaitRecord, ...]
     receipts: tuple[Receipt, ...]
