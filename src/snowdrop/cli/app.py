@@ -19,6 +19,7 @@ class _Commands(CommandTree):
         "doctor": "snowdrop.cli.platform:doctor",
         "config": "snowdrop.cli.platform:config",
         "model": "snowdrop.cli.models:app",
+        "image": "snowdrop.cli.images:app",
         "store": "snowdrop.cli.store:app",
         "deploy": "snowdrop.cli.deploy:deploy",
         "run": "snowdrop.cli.run:run",

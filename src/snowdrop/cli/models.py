@@ -96,7 +96,7 @@ def push(
         reached = SourceOptions(token=token, endpoint=endpoint, region=region, anonymous=anonymous, chosen=chosen)
         opened = open_source(source, reached)
         options = PushOptions(
-            hasher=_hasher(ctx, private=private), compress=compress, reread=reread, repair=repair
+            hasher=private_hasher(ctx, private=private), compress=compress, reread=reread, repair=repair
         )
         started_s = time.monotonic()
         with publication(ctx, name) as published:
@@ -122,7 +122,8 @@ def push_model(ctx: Context, name: str, source: str, reached: SourceOptions) -> 
     return record
 
 
-def _hasher(ctx: Context, *, private: bool) -> Hasher:
+def private_hasher(ctx: Context, *, private: bool) -> Hasher:
+    """Of the tenant's key domain if `private`, which is made if it is not there; otherwise of `public`."""
     if not private:
         return PUBLIC_HASHER
     key = tenant_key(ctx.layout.content_keys, TenantId(ctx.tenant))
@@ -164,7 +165,9 @@ def list_models(json: JsonFlag = False) -> None:
     """List models."""
     with reported():
         ctx = context(json=json)
-        records = ctx.client.get(list[ModelRecord], "models")
+        records = [
+            record for record in ctx.client.get(list[ModelRecord], "models") if record.artefact.kind != "image"
+        ]
         if ctx.json:
             say_json(records)
             return

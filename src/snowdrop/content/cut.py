@@ -8,7 +8,8 @@ own start; smaller neighbours share one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from snowdrop.content.safetensors import SUFFIX, Header
@@ -29,6 +30,12 @@ def cut_fixed(start: int, end: int) -> Iterator[Piece]:
     """Pieces of CHUNK_BYTES_MAX from `start`; the last one is shorter."""
     for offset in range(start, end, CHUNK_BYTES_MAX):
         yield Piece(offset, min(CHUNK_BYTES_MAX, end - offset))
+
+
+def cut_at(begins: Sequence[int], end: int) -> Iterator[Piece]:
+    """Pieces from each of `begins` to the next one; the last one ends at `end`."""
+    for begin, after in pairwise((*begins, end)):
+        yield Piece(begin, after - begin)
 
 
 def cut_safetensors(header: Header) -> Iterator[Piece]:

@@ -141,6 +141,12 @@ class Deploying:
             record = await self._state.get_model(tenant, ModelName(model.name))
             if record is None:
                 raise unknown_model(model.name)
+            if record.artefact.kind != "model":
+                raise InvalidInputError(
+                    f"{model.name!r} is an {record.artefact.kind}, not a model",
+                    where=f"model {model.name}",
+                    next_step="name a model that `snowdrop model ls` lists",
+                )
             models.append(
                 BoundModel(name=record.name, param=model.param, artefact=record.artefact, lazy=model.lazy)
             )

@@ -75,6 +75,12 @@ class OriginRoots:
         ref = verify_ref(body.ref.encode(), self._keys.trusted(), where=where)
         check_named(ref, tenant=tenant, name=name, where=where)
         previous = await self._state.get_model(tenant, name)
+        if previous is not None and previous.artefact.kind != ref.kind:
+            raise ConflictError(
+                f"the name {name!r} is taken by a {previous.artefact.kind}",
+                where=where,
+                next_step=f"choose another name, or `snowdrop {previous.artefact.kind} rm {name}` first",
+            )
         await self._check_generation(ref, previous)
         await self.publish_roots([ref.artefact])
         await anyio.to_thread.run_sync(self._put_ref, ref, body)

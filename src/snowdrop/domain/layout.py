@@ -68,6 +68,11 @@ class StateLayout(msgspec.Struct, frozen=True):
         return self.root / "ingest.db"
 
     @property
+    def image_layers(self) -> Path:
+        """Layers of images that are being pushed, until the push has ended well."""
+        return self.root / "image-layers"
+
+    @property
     def cache(self) -> Path:
         return self.root / "cache"
 

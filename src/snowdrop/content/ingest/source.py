@@ -19,7 +19,8 @@ class SourceFile(msgspec.Struct, frozen=True, kw_only=True):
 
     `version` is another one whenever the content may be another: a push that goes on from an earlier one believes
     what it knows of a file only under the same version. `sha256` and `git_blob` are what the source says the
-    content is, empty if it says nothing; a push refuses a file that differs.
+    content is, empty if it says nothing; a push refuses a file that differs. `cuts` are where its chunks
+    begin, the first at 0, none longer than CHUNK_BYTES_MAX; empty: wherever this writer cuts.
     """
 
     path: str
@@ -28,6 +29,7 @@ class SourceFile(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     sha256: str = ""
     git_blob: str = ""
+    cuts: tuple[int, ...] = ()
 
 
 class Source(Protocol):

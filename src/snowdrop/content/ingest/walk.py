@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from snowdrop.content.cut import Piece, cut_fixed, cut_safetensors
+from snowdrop.content.cut import Piece, cut_at, cut_fixed, cut_safetensors
 from snowdrop.content.ingest.index import IngestIndex, Progress
 from snowdrop.content.ingest.packs import FileProgress, Packer
 from snowdrop.content.ingest.read import Cut, Span, SpanReader, spans_of
@@ -41,6 +41,8 @@ class _File:
         return cls(file, header, fresh_sha256(), sha1)
 
     def pieces(self) -> Iterator[Piece]:
+        if self.file.cuts:
+            return cut_at(self.file.cuts, self.file.size)
         return cut_safetensors(self.header) if self.header is not None else cut_fixed(0, self.file.size)
 
     def pass_piece(self, piece: Piece, digest: str, chunk: int) -> None:

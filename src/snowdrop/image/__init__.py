@@ -1,0 +1,1 @@
+"""Images: OCI images become trees in the content store."""
