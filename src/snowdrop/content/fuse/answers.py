@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Callable
 
+from snowdrop.content.fuse.inodes import Entry, Inodes
 from snowdrop.content.fuse.structs import (
     DIRENT_ALIGNMENT,
     FUSE_ACCESS_IN,
@@ -20,7 +21,7 @@ from snowdrop.content.fuse.structs import (
     WRITING_OPS,
     Op,
 )
-from snowdrop.content.fuse.tree import Entry, Tree
+from snowdrop.content.paths import COMPONENT_BYTES_MAX
 
 VALID_S = 86_400 * 365
 """How long the kernel may believe names (that there is none, too) and attributes: nothing in a tree ever
@@ -31,7 +32,7 @@ _DIRENT_TYPE_SHIFT = 12
 class Answers:
     """The read-only file system of one tree. `answer` raises OSError with the errno that the caller is to see."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Inodes) -> None:
         self._tree = tree
         self._by_op: dict[int, Callable[[int, memoryview], bytes]] = {
             Op.LOOKUP: self._lookup,
@@ -42,7 +43,7 @@ class Answers:
             Op.ACCESS: self._access,
             Op.GETXATTR: self._getxattr,
             Op.LISTXATTR: self._listxattr,
-            Op.READLINK: _fails(errno.EINVAL),
+            Op.READLINK: self._readlink,
             Op.FLUSH: _done,
             Op.FSYNC: _done,
             Op.FSYNCDIR: _done,
@@ -65,7 +66,10 @@ class Answers:
     def _lookup(self, node: int, body: memoryview) -> bytes:
         if not self._tree.is_directory(node):
             raise OSError(errno.ENOTDIR, "not a directory")
-        child = self._tree.lookup(node, _name(body))
+        name = _name(body)
+        if len(name) > COMPONENT_BYTES_MAX:
+            raise OSError(errno.ENAMETOOLONG, "name too long")  # the kernel would let 1024 bytes pass
+        child = self._tree.lookup(node, name)
         if not child:
             # An entry of inode 0: there is no such name, and the kernel may remember that.
             return FUSE_ENTRY_OUT.pack(0, 0, VALID_S, 0, 0, 0) + bytes(88)
@@ -85,14 +89,20 @@ class Answers:
             raise OSError(errno.EACCES, "not executable")
         return b""
 
-    def _getxattr(self, node: int, _body: memoryview) -> bytes:
-        self._tree.file_index(node)
-        raise OSError(errno.ENODATA, "no attributes")
+    def _readlink(self, node: int, _body: memoryview) -> bytes:
+        target = self._tree.link(node)
+        if target is None:
+            raise OSError(errno.EINVAL, "not a symbolic link")
+        return target
+
+    def _getxattr(self, node: int, body: memoryview) -> bytes:
+        value = self._tree.xattrs(node).get(_name(body[FUSE_GETXATTR_IN.size :]))
+        if value is None:
+            raise OSError(errno.ENODATA, "no such attribute")
+        return _fitting(value, body)
 
     def _listxattr(self, node: int, body: memoryview) -> bytes:
-        self._tree.file_index(node)
-        (size, _) = FUSE_GETXATTR_IN.unpack_from(body)
-        return b"" if size else FUSE_GETXATTR_OUT.pack(0, 0)
+        return _fitting(b"".join(name + b"\0" for name in self._tree.xattrs(node)), body)
 
     def _readdir(self, node: int, body: memoryview) -> bytes:
         return self._listed(node, body, lambda _entry: b"")
@@ -123,6 +133,16 @@ class Answers:
                 break
             found += record
         return bytes(found)
+
+
+def _fitting(value: bytes, body: memoryview) -> bytes:
+    """A value for a buffer of the size that was asked for; with size 0, how large one it takes."""
+    (size, _) = FUSE_GETXATTR_IN.unpack_from(body)
+    if size == 0:
+        return FUSE_GETXATTR_OUT.pack(len(value), 0)
+    if len(value) > size:
+        raise OSError(errno.ERANGE, "the buffer is too small")
+    return value
 
 
 def _name(body: memoryview) -> bytes:

@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 
+from snowdrop.content.fuse.inodes import Inodes
 from snowdrop.content.fuse.journal import Journal
 from snowdrop.content.fuse.source import FileSource
 from snowdrop.content.fuse.structs import (
@@ -25,7 +26,6 @@ from snowdrop.content.fuse.structs import (
     FUSE_RELEASE_IN,
     Init,
 )
-from snowdrop.content.fuse.tree import Tree
 from snowdrop.domain.errors import SnowdropError
 
 log = logging.getLogger("snowdrop.fuse")
@@ -40,7 +40,7 @@ class Opens:
         self._source = source
         self._is_refused = False
 
-    def open(self, tree: Tree, node: int, body: memoryview) -> bytes:
+    def open(self, tree: Inodes, node: int, body: memoryview) -> bytes:
         """The body of the answer. OSError carries the errno for the caller."""
         flags, _ = FUSE_OPEN_IN.unpack_from(body)
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
@@ -58,7 +58,7 @@ class Opens:
             return FUSE_OPEN_OUT.pack(backing_id, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, backing_id)
         return FUSE_OPEN_OUT.pack(0, FOPEN_KEEP_CACHE | FOPEN_NOFLUSH, 0)
 
-    def release(self, tree: Tree, node: int, body: memoryview) -> bytes:
+    def release(self, tree: Inodes, node: int, body: memoryview) -> bytes:
         handle, *_ = FUSE_RELEASE_IN.unpack_from(body)
         file = tree.file_index(node)
         if file >= 0:

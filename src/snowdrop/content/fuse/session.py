@@ -22,6 +22,7 @@ import anyio.to_thread
 
 from snowdrop.content.fuse.answers import Answers
 from snowdrop.content.fuse.handshake import READ_BYTES_MAX, agree
+from snowdrop.content.fuse.inodes import Inodes
 from snowdrop.content.fuse.journal import SLOT_BYTES, Journal
 from snowdrop.content.fuse.opens import Opens
 from snowdrop.content.fuse.source import FileSource
@@ -35,7 +36,6 @@ from snowdrop.content.fuse.structs import (
     Init,
     Op,
 )
-from snowdrop.content.fuse.tree import Tree
 from snowdrop.domain.errors import ProtocolError, SnowdropError, TimedOutError
 
 READ_S_MAX = 300.0
@@ -77,7 +77,7 @@ class Session:
         self,
         device_fd: int,
         journal: Journal,
-        tree: Tree,
+        tree: Inodes,
         source: FileSource,
         *,
         passthrough_allowed: bool,

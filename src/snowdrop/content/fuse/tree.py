@@ -7,8 +7,10 @@ So a server that takes over another's mount means the same by them.
 from __future__ import annotations
 
 import stat
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
 
+from snowdrop.content.fuse.inodes import Entry
 from snowdrop.content.fuse.structs import FUSE_ATTR, FUSE_KSTATFS, ROOT_ID
 from snowdrop.content.paths import COMPONENT_BYTES_MAX
 from snowdrop.domain.manifest import Manifest
@@ -19,14 +21,7 @@ BLOCK_BYTES = 4096
 PREFERRED_READ_BYTES = 128 << 10
 """st_blksize. Programs size their buffers by it, one per open file: more would cost them memory for nothing."""
 _SECTOR_BYTES = 512
-
-
-class Entry(NamedTuple):
-    """One name of a directory; `kind` is S_IFREG or S_IFDIR."""
-
-    name: bytes
-    node: int
-    kind: int
+_NO_XATTRS: Mapping[bytes, bytes] = MappingProxyType({})
 
 
 class _Directory:
@@ -124,6 +119,15 @@ class Tree:
         blocks = -(-self._total_bytes // BLOCK_BYTES)
         nodes = len(self._files) + len(self._directories)
         return FUSE_KSTATFS.pack(blocks, 0, 0, nodes, 0, BLOCK_BYTES, COMPONENT_BYTES_MAX, BLOCK_BYTES, 0)
+
+    def link(self, node: int) -> bytes | None:
+        """None: a manifest has no links."""
+        self.file_index(node)
+        return None
+
+    def xattrs(self, node: int) -> Mapping[bytes, bytes]:
+        self.file_index(node)
+        return _NO_XATTRS
 
 
 def _with_ancestors(paths: set[str]) -> list[str]:
