@@ -39,6 +39,22 @@ def fill(tmp_path: Path) -> Iterator[Fill]:
     disk.close()
 
 
+@pytest.fixture
+def sharded(tmp_path: Path) -> Fill:
+    """Of three tensor files, without places."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for shard in range(3):
+        tensors = {
+            f"t{shard}.{index}": ("U8", [300_000], noise(300_000, 10 * shard + index)) for index in range(3)
+        }
+        (source / f"m-{shard}.safetensors").write_bytes(safetensors_bytes(tensors))
+    origin = CountingOrigin()
+    digest = push(source, origin).artefact.manifest
+    manifest = decode_manifest(origin.objects[manifest_key(PUBLIC_DOMAIN, digest)])
+    return made(manifest, PackSource(origin, manifest))
+
+
 def made(manifest: Manifest, last: ChunkSource) -> Fill:
     return Fill(
         manifest,
@@ -123,3 +139,16 @@ def test_headers_are_asked_for_beside_the_first_tensors_and_count_for_nothing(fi
     assert asked[-1] == (SMALL_RUN_BYTES, 1)
     assert fill.next_run(full, 8 << 20) is None
     assert [spare for _, spare in asked] == [START_RUNS, 1, START_RUNS]
+
+
+def test_the_headers_of_later_files_take_none_of_their_tensors_along(sharded: Fill) -> None:
+    """They go ahead of the first tensor, which would wait for what they bring."""
+    sharded.area = Area(sharded.manifest, sharded.layout, small_pool())
+    sharded.attach("h", None, is_lazy=False)
+    headers = header_chunks(sharded.manifest)
+    assert len(headers) == 3
+    runs = [run for run in iter(lambda: take(sharded), None) if run is not None]
+    assert [(run.first, run.count) for run in runs[:3]] == [(chunk, 1) for chunk in headers]
+    rest = [chunk for run in runs[3:] for chunk in range(run.first, run.first + run.count)]
+    assert sorted({*headers, *rest}) == sorted(sharded.layout.places)
+    sharded.area.close()

@@ -24,6 +24,10 @@ from snowdrop.policy.prefetch import LATER
 DIRTY_BYTES_MAX = 64 << 20
 """Written behind but not yet durable, at most so much of an artefact."""
 STEP_BYTES = 32 << 20
+HOLD_S = 0.5
+"""A load begins without the disk: what serves it may be the processors that bring the first tensors."""
+GATHER_S = 0.1
+"""While a load goes on, what has come in so long is written together: each look at what is there costs, too."""
 KEEP_S = 5.0
 """What came one by one, because a reader of a mount asked for it, is durable after about so long."""
 KEEP_FAILED_S = 60.0
@@ -87,6 +91,7 @@ class Completer:
 
     async def _write_as_it_comes(self, artefact: Artefact, landing: Landing, area: Area) -> None:
         undurable = 0
+        await self._gather(artefact, area, HOLD_S)
         while True:
             is_last = not self._more_will_come(artefact, area)
             written = await anyio.to_thread.run_sync(landing.write_behind, area, STEP_BYTES, limiter=self._thread)
@@ -97,6 +102,13 @@ class Completer:
             if not written:
                 if is_last:
                     return
+                await artefact.more()
+                await self._gather(artefact, area, GATHER_S)
+
+    async def _gather(self, artefact: Artefact, area: Area, s_max: float) -> None:
+        """Lets chunks come for so long; less if all are there, or if somebody waits for the directory."""
+        with anyio.move_on_after(s_max):
+            while self._more_will_come(artefact, area) and not artefact.must_complete:
                 await artefact.more()
 
     def _more_will_come(self, artefact: Artefact, area: Area) -> bool:

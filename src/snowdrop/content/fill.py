@@ -57,7 +57,7 @@ class Fill:
         self.flights = 0
         self.completed_unix_ns = 0
         self.on_progress: Callable[[], None] = lambda: None  # called in a thread after a run
-        self._headers = headers
+        self._headers, self._ahead = headers, frozenset(headers if len(headers) > 1 else ())
         self._order = FetchOrder(load_order(headers, layout.places))
         self.find_bad = find_bad
         self._tickets: list[Ticket] = []
@@ -200,6 +200,7 @@ class Fill:
             end < len(chunks)
             and length + chunks[end].plain_bytes <= bytes_max
             and self._is_due(end)
+            and (end in self._ahead or chunk not in self._ahead)  # what goes ahead takes nothing along
             and (whole or self._order.is_wanted(end))
             and self._source_of(end) is source
             and (self.area if self._needs_area(end) else None) is area
