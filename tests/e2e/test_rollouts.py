@@ -4,8 +4,9 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from e2e_platform import Platform, session, wait_until
+from e2e_platform import CommandError, Platform, session, wait_until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.e2e]
 
@@ -99,3 +100,73 @@ async def test_bad_revisions_go_back_and_a_good_one_takes_over(own_platform: Pla
         listed = platform.run("revisions", "rolled")
         assert [bool(each["note"]) for each in listed] == [True, True, True, False]
         assert listed[-1]["weight"] == 1.0
+
+
+STREAMING = """
+import pathlib
+from collections.abc import AsyncIterator
+import anyio
+import snowdrop as sd
+
+@sd.service(scale=sd.Scale(min=1, max=1), concurrency=4, rollout=sd.Rollout(prove_s=0.0),
+            volumes=[sd.Volume(target="/data", name="shared")],
+            resources=sd.ResourceSpec(memory_bytes_max=256 << 20))
+class Streaming:
+    @sd.endpoint("/stream")
+    async def stream(self) -> AsyncIterator[str]:
+        while not pathlib.Path("/data/stop").exists():
+            yield {name!r}
+            await anyio.sleep(0.05)
+        yield "end of " + {name!r}
+
+    @sd.endpoint("/stop")
+    async def stop(self) -> str:
+        pathlib.Path("/data/stop").touch()
+        return {name!r}
+"""
+
+
+async def test_a_stream_of_the_old_revision_outlives_the_rollout(own_platform: Platform, tmp_path: Path) -> None:
+    platform = own_platform
+    platform.run("volume", "create", "shared")
+
+    def deploy(name: str) -> None:
+        (tmp_path / "service.py").write_text(STREAMING.format(name=name))
+        platform.run("deploy", str(tmp_path / "service.py"), "--name", "rolled")
+
+    def rollouts() -> tuple[bool, int]:
+        status = platform.run("rollout", "status", "rolled")
+        return status["active"] is None, len(status["ended"])
+
+    deploy("one")
+    async with session() as http:
+        async with http.post(f"{platform.url}/rolled/stream", json={}) as streamed:
+            assert b"one" in await streamed.content.readany()
+            deploy("two")
+            wait_until(lambda: rollouts() == (True, 1), "the rollout is done")
+            found = await metrics(platform)
+            assert found['snowdrop_rollouts_total{deployment="rolled",outcome="done"}'] == 1
+            assert found['snowdrop_requests_in_flight{deployment="rolled"}'] == 1, "the stream of the old one"
+            with pytest.raises(CommandError) as used:
+                platform.run("volume", "rm", "shared")
+            assert "used by rolled" in used.value.error["message"]
+            async with http.post(f"{platform.url}/rolled/stop", json={}) as stopped:
+                assert await stopped.text() == '"two"'
+            rest = await streamed.content.read()
+        assert b"end of one" in rest
+        wait_until(lambda: len(platform.replicas("rolled")) == 1, "the old replica has ended")
+    assert (await metrics(platform))['snowdrop_requests_in_flight{deployment="rolled"}'] == 0
+
+
+async def metrics(platform: Platform) -> dict[str, float]:
+    connector = aiohttp.UnixConnector(path=str(platform.run_folder / "metrics.sock"))
+    async with aiohttp.ClientSession(connector=connector) as http, http.get("http://snowdrop/metrics") as answer:
+        text = await answer.text()
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            kept = ",".join(
+                f'{k}="{v}"' for k, v in sorted(sample.labels.items()) if k in {"deployment", "outcome"}
+            )
+            found[f"{sample.name}{{{kept}}}"] = sample.value
+    return found

@@ -1,5 +1,7 @@
 """Secrets in control: who may see what, what is refused, and what a start gets."""
 
+import base64
+import os
 from pathlib import Path
 
 import anyio
@@ -15,12 +17,14 @@ from snowdrop.control.world import NodeEntry
 from snowdrop.domain.deployment import DeploymentHealth
 from snowdrop.domain.errors import ConflictError, InvalidInputError, NotFoundError
 from snowdrop.domain.ids import DEFAULT_TENANT, TenantId
-from snowdrop.domain.secret import SecretValue
+from snowdrop.domain.secret import KEYS_VARIABLE, SecretRecord, SecretValue
 from snowdrop.domain.service import Scale
+from snowdrop.replica import runtime
 from snowdrop.state.memory import MemoryState
 from snowdrop.wire.api import Deploy
 from snowdrop.wire.codec import Message
 from snowdrop.wire.control import StartReplica
+from snowdrop.wire.replica import Boot
 
 pytestmark = pytest.mark.anyio
 VALUE = "hf_s3cr3t-value"
@@ -116,6 +120,78 @@ async def test_too_much_for_one_service_is_said_at_the_start(bench: Bench) -> No
     order = StartReplica(key=replica_key(), revision=revision(secrets=names), ordered_unix_ns=1)
     with pytest.raises(InvalidInputError, match="too large together"):
         await bench.secrets.complete(order)
+
+
+async def test_two_who_set_a_secret_at_once_make_two_versions(bench: Bench) -> None:
+    async with anyio.create_task_group() as tasks:
+        for value in ("first", "second"):
+            tasks.start_soon(bench.secrets.set, DEFAULT_TENANT, "hf-token", value)
+    (view,) = await bench.secrets.listed(DEFAULT_TENANT)
+    assert view.version == 2
+    with pytest.raises(InvalidInputError):
+        await bench.secrets.set(DEFAULT_TENANT, "../x", VALUE)
+
+
+async def test_another_writers_version_is_not_written_over(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    await bench.secrets.set(DEFAULT_TENANT, "hf-token", VALUE)
+    store, read = bench.state.secrets, bench.state.secrets.get
+    (theirs,) = [msgspec.structs.replace(r, version=7) for r in await store.listed(DEFAULT_TENANT)]
+
+    async def get(tenant: TenantId, name: str) -> SecretRecord | None:
+        found = await read(tenant, name)
+        if found is not None and found.version == 1:
+            await store.put(theirs, expected=found)
+        return found
+
+    monkeypatch.setattr(store, "get", get)
+    with pytest.raises(ConflictError):
+        await bench.secrets.set(DEFAULT_TENANT, "hf-token", "mine")
+    assert await read(DEFAULT_TENANT, "hf-token") == theirs
+
+
+async def test_rotation_to_a_key_of_the_environment(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (base64.b64encode(os.urandom(32)).decode() for _ in range(2))
+    monkeypatch.setenv(KEYS_VARIABLE, old)
+    first = await Secrets.open(bench.state, tmp_path / "none", bench.loop.world)
+    await first.set(DEFAULT_TENANT, "hf-token", VALUE)
+    monkeypatch.setenv(KEYS_VARIABLE, f"{new},{old}")
+    both = await Secrets.open(bench.state, tmp_path / "none", bench.loop.world)
+    assert (await both.rotate()).rewrapped == 1
+    assert (await both.rotate()).rewrapped == 0, "it is done"
+    monkeypatch.setenv(KEYS_VARIABLE, old)
+    wrong = await Secrets.open(bench.state, tmp_path / "none", bench.loop.world)
+    order = StartReplica(key=replica_key(), revision=revision(secrets={"A": "hf-token"}), ordered_unix_ns=1)
+    with pytest.raises(NotFoundError, match="bring the key back from its backup") as refused:
+        await wrong.complete(order)
+    assert refused.value.where == KEYS_VARIABLE
+
+
+def test_a_replicas_secrets_are_private_files_that_go_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "SECRETS_FOLDER", str(tmp_path / "secrets"))
+    monkeypatch.setattr(os, "environ", {"PATH": "/bin", "SAME": "of the spec's"})
+    secrets = {"SAME": SecretValue("multi\nline"), "file:tls.pem": SecretValue("pem\npem")}
+    boot = Boot(
+        version=1,
+        key=replica_key(),
+        spec=service(),
+        code_directory="/",
+        env={"A": "b"},
+        secrets=secrets,
+        models=(),
+    )
+    runtime.apply_environment(boot)
+    folder = tmp_path / "secrets-rep-1"
+    assert os.environ == {"PATH": "/bin", "SAME": "multi\nline", "A": "b", "SNOWDROP_SECRETS": str(folder)}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "tls.pem").stat().st_mode & 0o777 == 0o600
+    assert (folder / "tls.pem").read_bytes() == b"pem\npem"
+    monkeypatch.setattr(runtime.Runtime, "run", lambda _self: 3)
+    assert runtime.run(None, boot, (), 1) == 3  # type: ignore[arg-type]
+    assert not folder.exists()
 
 
 class _NoRoots:

@@ -111,7 +111,7 @@ def test_keys_of_the_environment_are_never_written(tmp_path: Path) -> None:
         PlatformKeys(tmp_path, "c2hvcnQ=")
 
 
-@pytest.mark.parametrize("value", ["", "abc", "a" * 40_000, "nul\0byte"])
+@pytest.mark.parametrize("value", ["", "abc", "a" * 40_000, "a" * (64 << 10), "ä" * 20_000, "nul\0byte"])
 def test_values_that_nobody_could_be_given_are_refused_without_being_shown(keys: PlatformKeys, value: str) -> None:
     with pytest.raises(InvalidInputError) as refused:
         seal(keys, value, None, record())
@@ -152,3 +152,62 @@ def test_a_secret_in_a_log_is_struck_out_however_the_output_is_cut(
 def test_every_line_of_a_secret_with_several_is_struck_out() -> None:
     redactor = Redactor(("-----BEGIN KEY-----\nMIIabc\n-----END KEY-----",))
     assert redactor.line(b"it is MIIabc") == b"it is [secret]"
+
+
+@pytest.mark.parametrize(
+    "value", ["line\nline\r\n", "-----BEGIN-----\n\tx\n", " 'quotes\" and \\ ", "ä€😀", "x" * (32 << 10)]
+)
+def test_any_text_within_the_bound_comes_back_as_it_was(keys: PlatformKeys, value: str) -> None:
+    assert unseal(keys, seal(keys, value, None, record())).text == value
+
+
+def test_a_new_version_keeps_when_it_was_made_and_shows_nothing(keys: PlatformKeys) -> None:
+    first = seal(keys, VALUE, None, msgspec.structs.replace(record(), created_unix_ns=1))
+    second = seal(keys, VALUE, first, msgspec.structs.replace(record(), created_unix_ns=9))
+    assert (second.created_unix_ns, second.version) == (1, 2)
+    assert repr(second) == f"SecretRecord({second.tenant}/{second.name} version 2)"
+
+
+@pytest.mark.parametrize("field", ["sealed", "wrapped"])
+def test_a_record_that_was_cut_off_is_found(keys: PlatformKeys, field: str) -> None:
+    cut = msgspec.structs.replace(seal(keys, VALUE, None, record()), **{field: b"short"})
+    with pytest.raises(SnowdropError, match="was changed in the database"):
+        unseal(keys, cut)
+
+
+def test_a_new_key_is_durable_before_anything_is_wrapped_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    really = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink())
+        really(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    made = PlatformKeys(tmp_path / "made")
+    made.load()
+    (path,) = (tmp_path / "made").iterdir()
+    assert [path.suffix or str(path) for path in synced] == [".new", str(tmp_path / "made")]
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o700
+    assert path.stem.endswith(made.current)
+
+
+def test_keys_of_the_environment_leave_the_folders_alone_and_junk_is_refused(tmp_path: Path) -> None:
+    PlatformKeys(tmp_path).load()
+    word = base64.b64encode(os.urandom(32)).decode()
+    assert PlatformKeys(tmp_path, word).drop_others() == 0
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(InvalidInputError, match="32 bytes in base64"):
+        PlatformKeys(tmp_path, word[:8] + "*" + word[8:])
+
+
+def test_a_service_has_only_so_many_secrets() -> None:
+    check_names({f"V{number}": "a" for number in range(32)})
+    with pytest.raises(InvalidInputError, match="33 secrets"):
+        check_names({f"V{number}": "a" for number in range(33)})
+
+
+def test_of_two_secrets_the_longer_one_is_struck_out_whole() -> None:
+    assert Redactor(("abcd", "abcdef")).text("it is abcdef!") == "it is [secret]!"

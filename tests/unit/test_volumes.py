@@ -8,13 +8,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from agent_helpers import open_fds
 from platform_helpers import KEY, NODE, deployment, node_record, replica_key, report, revision
 from snowdrop.agent.volumes import VolumeMounts, opened
+from snowdrop.control import volumes
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.recorder import Recorder
-from snowdrop.control.volumes import UID_SPAN, Volumes
+from snowdrop.control.volumes import UID_SPAN, Volumes, measure
 from snowdrop.control.world import DeploymentEntry, NodeEntry, World
-from snowdrop.domain.errors import ConflictError, InvalidInputError, NotFoundError, StorageFullError
+from snowdrop.domain.errors import ConflictError, InvalidInputError, NotFoundError, SandboxError, StorageFullError
 from snowdrop.domain.ids import DEFAULT_TENANT, TenantId
 from snowdrop.domain.replica import ReplicaState
 from snowdrop.domain.service import Scale, ServiceSpec
@@ -184,10 +186,14 @@ async def test_a_volume_above_its_bound_lets_nothing_start_that_would_write_it(b
     (bench.folder / "default" / "cache" / "data" / "x").unlink()
     await bench.volumes.look()
     bench.volumes.check_start(DEFAULT_TENANT, (DATA,))
-    del bench.world.deployments[KEY]
     (bench.folder / "default" / "cache" / "data" / "x").write_bytes(b"x" * 10_000)
     await bench.volumes.look()
-    bench.volumes.check_start(DEFAULT_TENANT, (DATA,))  # nobody names it, so nobody knows
+    with pytest.raises(StorageFullError):
+        bench.volumes.check_start(DEFAULT_TENANT, (DATA,))
+    reader = revision(volumes=(msgspec.structs.replace(DATA, read_only=True),))
+    bench.world.deployments[KEY].revision = reader
+    await bench.volumes.look()
+    bench.volumes.check_start(DEFAULT_TENANT, (DATA,))  # nobody may write it, so nobody looks at it
 
 
 @pytest.mark.parametrize("known", ["ordered in this life of control", "ordered in an earlier one"])
@@ -211,3 +217,90 @@ async def test_a_volume_stays_while_a_replica_that_has_it_is_draining(bench: Ben
         await bench.volumes.remove(OTHER, "cache")
     control.loop.heard_replica(report(key, ReplicaState.STOPPED, version=2))
     await bench.volumes.remove(DEFAULT_TENANT, "cache")
+
+
+@pytest.mark.parametrize(("tenant", "name"), [("default", "UP"), ("default", "../x"), ("../x", "cache")])
+async def test_names_that_would_leave_the_folder_are_refused(bench: Bench, tenant: str, name: str) -> None:
+    with pytest.raises(InvalidInputError):
+        await bench.volumes.create(TenantId(tenant), name, 0)
+    assert not bench.folder.exists()
+
+
+async def test_a_name_cannot_reach_another_tenants_volume(bench: Bench) -> None:
+    await bench.volumes.create(OTHER, "cache", 0)
+    await bench.volumes.create(DEFAULT_TENANT, "mine", 0)
+    with pytest.raises(InvalidInputError):
+        await bench.volumes.remove(DEFAULT_TENANT, "../other/cache")
+    assert (bench.folder / "other" / "cache" / "data").is_dir()
+
+
+async def test_what_was_left_half_made_is_not_shown_and_goes_with_the_next_removal(bench: Bench) -> None:
+    await bench.volumes.create(DEFAULT_TENANT, "cache", 0)
+    left = bench.folder / "default" / ".gone-vol-1"
+    left.mkdir()
+    (left / "volume.json").write_bytes((bench.folder / "default" / "cache" / "volume.json").read_bytes())
+    assert len(await bench.volumes.listed(DEFAULT_TENANT)) == 1
+    await bench.volumes.remove(DEFAULT_TENANT, "cache")
+    assert list((bench.folder / "default").iterdir()) == []
+
+
+async def test_only_its_owner_gets_into_a_volume(bench: Bench) -> None:
+    await bench.volumes.create(DEFAULT_TENANT, "cache", 0)
+    mine = bench.folder / "default"
+    assert [path.stat().st_mode & 0o777 for path in (mine, mine / "cache" / "data")] == [0o700, 0o700]
+
+
+def test_measuring_follows_no_link_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "large").write_bytes(b"x" * 1_000_000)
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "folder").symlink_to(outside)
+    (inside / "file").symlink_to(outside / "large")
+    (inside / "own").write_bytes(b"x" * 100)
+    used_bytes, files = measure(inside)
+    assert files == 2
+    assert used_bytes < 500_000
+    monkeypatch.setattr(volumes, "MEASURED_MAX", 1)
+    assert measure(inside)[1] == 1
+    monkeypatch.setattr(os, "walk", lambda *_args, **_more: [(str(inside), [], ["vanished"])])
+    assert measure(inside) == (0, 0)
+
+
+async def test_a_hosts_folder_is_opened_only_as_it_is_shared(bench: Bench, tmp_path: Path) -> None:
+    (bench.shared / "in").mkdir()
+    with pytest.raises(InvalidInputError, match="for writing"):
+        bench.open(Volume(target="/d", host=str(bench.shared / "in")))
+    with pytest.raises(InvalidInputError, match="does not share"):
+        bench.open(Volume(target="/d", host="/etc/there-is-none", read_only=True))  # nor told that there is none
+    with pytest.raises(SandboxError, match="cannot open"):
+        bench.open(Volume(target="/d", host=str(bench.shared / "none"), read_only=True))
+    await bench.volumes.check(
+        DEFAULT_TENANT, (Volume(target="/d", host=f"{bench.shared}/x/../in", read_only=True),)
+    )
+    (tmp_path / "link").symlink_to(bench.shared)
+    bench.settings = AgentSettings(volumes_read_only=str(tmp_path / "link"))
+    bench.open(Volume(target="/d", host=str(bench.shared / "in"), read_only=True))
+
+
+async def test_a_folder_that_is_swapped_after_the_look_is_refused_and_nothing_stays_open(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bench.shared / "in").mkdir()
+    before = open_fds()
+    really = os.open
+    monkeypatch.setattr(os, "open", lambda _path, flags, *more: really("/etc", flags, *more))
+    with pytest.raises(InvalidInputError, match="does not share"):
+        bench.open(Volume(target="/d", host=str(bench.shared / "in"), read_only=True))
+    monkeypatch.undo()
+    bench.open(Volume(target="/d", host=str(bench.shared / "in"), read_only=True))
+    bench.close()
+    assert open_fds() == before
+
+
+def test_a_service_has_only_so_many_volumes() -> None:
+    many = tuple(Volume(target=f"/d{number}", name="cache") for number in range(17))
+    ServiceSpec(class_name="X", volumes=many[:16])
+    with pytest.raises(InvalidInputError, match="at most 16"):
+        ServiceSpec(class_name="X", volumes=many)
