@@ -16,7 +16,7 @@ from content_helpers import noise
 from origin_servers import Asked, Fault, FaultyServer, Plan, free_port
 from snowdrop.content.origin.objects import ObjectStoreOrigin
 from snowdrop.content.origin.race import RaceLimits
-from snowdrop.content.origin.ranges import ReadLimits
+from snowdrop.content.origin.ranges import OPEN_AHEAD, ReadLimits
 from snowdrop.domain.cancel import CANCEL_FLAG
 from snowdrop.domain.errors import (
     IntegrityError,
@@ -27,7 +27,6 @@ from snowdrop.domain.errors import (
 )
 from snowdrop.domain.origin import OriginOptions
 from snowdrop.policy.hedge import HedgeLimits
-from snowdrop.policy.parallelism import CONNECTIONS_START
 from snowdrop.policy.retry import RetryLimits
 
 MIB = 1 << 20
@@ -404,7 +403,7 @@ def test_a_short_object_comes_in_one_request_and_its_connection_and_others_are_k
         assert len(it.server.asked) == 1
         for offset in range(8):
             it.read(offset, 1000 if not whole else len(BODY) - offset)
-        assert it.server.connections <= CONNECTIONS_START, "one that reads, and those that were opened ahead"
+        assert it.server.connections <= OPEN_AHEAD + 1, "one that reads, and those that were opened ahead"
 
 
 def test_the_start_of_an_object_is_gone_on_with_where_it_broke_off() -> None:

@@ -42,8 +42,9 @@ from snowdrop.policy.parallelism import CONNECTIONS_START
 from snowdrop.policy.retry import Failure, GiveUp, ReadHistory, RetryLimits, after_failure
 
 REDIRECTS_MAX = 5
-OPEN_AHEAD = CONNECTIONS_START - 1
-"""Besides the one that reads a manifest, which the load then uses, too."""
+OPEN_AHEAD = 2 * CONNECTIONS_START - 1
+"""Besides the one that reads a manifest, which the load then uses, too: some for the first tensors, some for the
+headers that go beside them."""
 PAUSE_LOOK_S = 0.25
 _NEXT_STEPS = {
     "connect": "check that the origin runs and that this node reaches it",
