@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import anyio
+import msgspec
 
 from snowdrop.control import rollouts, scaling
 from snowdrop.control.ending import LOST_REASON, ended_report, lost_report
@@ -118,6 +119,8 @@ class ControlLoop:
             # What a gateway counted before this control heard of it says nothing of now.
             if deployment is not None and not first:
                 scaling.heard(deployment, before, load)
+            if before is not None and before.peak > load.peak:  # of a report that has not been looked at yet
+                load = msgspec.structs.replace(load, peak=before.peak)  # noqa: PLW2901
             loads[key] = load
             if before is None or (before.in_flight, before.queued) != (load.in_flight, load.queued) or load.peak:
                 self.poke(key)

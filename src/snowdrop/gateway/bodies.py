@@ -88,7 +88,7 @@ async def _first_part(content: StreamReader, length: int | None) -> tuple[bytes,
             start = await content.readexactly(min(length, BODY_WHOLE_BYTES_MAX))
             return start, length == len(start)
     except asyncio.IncompleteReadError as error:
-        return error.partial, True
+        raise _broken(error) from error  # less than it said is not all of it
     except TimeoutError as error:
         raise _too_slow() from error
     except web.RequestPayloadError as error:
@@ -101,7 +101,7 @@ def _too_large(bytes_max: int, message: str) -> TooLargeError:
     )
 
 
-def _broken(error: web.RequestPayloadError) -> InvalidInputError:
+def _broken(error: Exception) -> InvalidInputError:
     return InvalidInputError(
         "the request's body is not as its headers say", where=f"request body: {str(error)[:ERROR_CHARS_MAX]}"
     )
