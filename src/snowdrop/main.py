@@ -25,6 +25,7 @@ import msgspec
 from snowdrop.domain.errors import SnowdropError
 from snowdrop.domain.layout import StateLayout
 from snowdrop.domain.settings import Settings
+from snowdrop.wire.processes import own_process
 
 if TYPE_CHECKING:
     from snowdrop.wire.api import Info
@@ -124,7 +125,7 @@ async def _supervise(layout: StateLayout, settings: Settings, arguments: argpars
     from snowdrop.engine.local import Supervisor
 
     def command(name: str, ready_fd: int) -> list[str]:
-        base = [sys.executable, "-m", "snowdrop.main", name, "--state", str(layout.root)]
+        base = [*own_process("snowdrop.main"), name, "--state", str(layout.root)]
         return [*base, "--ready-fd", str(ready_fd), "--listen-fd", str(arguments.listen_fds[0])]
 
     os.set_inheritable(arguments.lock_fd, False)  # held to the end of this process, by nobody else

@@ -89,6 +89,21 @@ async def test_nothing_is_started_without_load(bench: Bench) -> None:
     assert bench.iterate(after_s=100) == []
 
 
+async def test_a_request_that_came_and_went_between_two_looks_counts_as_use(bench: Bench) -> None:
+    """Its peak rides on one report; the next must not wipe it out, or a service in use goes as idle."""
+    bench.up(1)
+    bench.demand()
+    bench.iterate(after_s=SCALE.idle_s - 1.0)
+    used = load(peak=1)
+    bench.loop.heard_load(LoadReport(gateway=GATEWAY, loads=(used,)))
+    bench.demand()
+    bench.iterate()
+    assert not [m for m in bench.iterate(after_s=SCALE.idle_s - 1.0) if isinstance(m, DrainReplica)]
+    decision = bench.world.deployments[KEY].decision
+    assert decision is not None
+    assert decision.desired == 1
+
+
 async def test_one_request_starts_one_and_no_second(bench: Bench) -> None:
     bench.demand(queued=1)
     (name,) = bench.starts()

@@ -135,6 +135,15 @@ async def test_a_body_that_breaks_off_is_its_senders_fault(is_late: bool) -> Non
         assert isinstance(body.refused, InvalidInputError)
 
 
+async def test_less_than_was_announced_is_no_whole_body() -> None:
+    content = StreamReader(mock.Mock(), 1 << 16, loop=asyncio.get_running_loop())
+    request = make_mocked_request("POST", "/e/x", {"content-length": "100000"}, payload=content)
+    content.feed_data(b"a")
+    content.feed_eof()
+    with pytest.raises(InvalidInputError):
+        await IncomingBody.begin(request, 1 << 20)
+
+
 async def test_trailers_are_dropped_and_heads_keep_their_length(bench: Bench) -> None:
     seen: list[bytes] = []
 

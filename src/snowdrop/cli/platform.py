@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +21,7 @@ from snowdrop.content.signing import KeyStore
 from snowdrop.domain.errors import PlatformDownError, SandboxError, SnowdropError, TimedOutError
 from snowdrop.engine.local import PlatformRecord, is_running, read_record, take_lock
 from snowdrop.wire.api import Info
+from snowdrop.wire.processes import own_process
 
 UP_S_MAX = 30.0
 DOWN_S_MAX = 90.0
@@ -137,7 +137,7 @@ def _spawn_supervisor(ctx: Context, listener: socket.socket, lock: int) -> None:
     reader, writer = os.pipe()
     log_path = ctx.layout.process_logs / "supervisor.log"
     with open(log_path, "ab") as output:
-        command = [sys.executable, "-m", "snowdrop.main", "supervise", "--state", str(ctx.layout.root)]
+        command = [*own_process("snowdrop.main"), "supervise", "--state", str(ctx.layout.root)]
         command += ["--ready-fd", str(writer), "--listen-fd", str(listener.fileno()), "--lock-fd", str(lock)]
         process = subprocess.Popen(
             command,

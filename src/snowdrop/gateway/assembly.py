@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from functools import partial
@@ -46,6 +45,7 @@ from snowdrop.telemetry.observing import Listener
 from snowdrop.telemetry.requests import RequestCounts
 from snowdrop.telemetry.tracing import open_tracing
 from snowdrop.wire.calls import SOCKET_SUFFIX
+from snowdrop.wire.processes import own_process
 
 COUNTS_S = 1.0
 """How often a worker hands its counts to the owner: the most that its death can lose."""
@@ -279,7 +279,7 @@ async def _keep_http2(edge: _Edge, listener: socket.socket, tasks: anyio.abc.Tas
 
 def _kept_worker(state: Path, gateway: GatewaySettings, number: int, fds: tuple[int, ...]) -> Kept:
     def command(life: str, ready_fd: int) -> list[str]:
-        made = [sys.executable, "-m", "snowdrop.main", "gateway-worker", "--state", str(state)]
+        made = [*own_process("snowdrop.main"), "gateway-worker", "--state", str(state)]
         made += ["--ready-fd", str(ready_fd), "--listen-fd", ",".join(map(str, fds)), "--worker", life]
         return made
 

@@ -112,8 +112,11 @@ class MemoryTasks:
         ]
         return sorted(found, key=lambda t: t.expires_unix_ns)[:limit]
 
-    async def hooks_due(self, now_unix_ns: int, *, limit: int) -> list[Task]:
-        found = [(_hook_due(t), t) for t in self._tasks.values() if 0 < _hook_due(t) <= now_unix_ns]
+    async def hooks_due(
+        self, now_unix_ns: int, *, limit: int, without: frozenset[TenantId] = frozenset()
+    ) -> list[Task]:
+        asked = [t for t in self._tasks.values() if t.tenant not in without]
+        found = [(_hook_due(t), t) for t in asked if 0 < _hook_due(t) <= now_unix_ns]
         return [task for _due, task in sorted(found, key=lambda pair: (pair[0], pair[1].id))][:limit]
 
     async def trim(self, *, ended_before_unix_ns: int, tasks_max: int, bytes_max: int, limit: int) -> list[Task]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from snowdrop.state.secrets import SECRET_TABLES
 from snowdrop.state.sqlite_scaling import SCALING_TABLES, WAIT_TABLES
-from snowdrop.state.sqlite_tasks import TASK_TABLES
+from snowdrop.state.sqlite_tasks import TASK_HOOK_INDEX, TASK_TABLES
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -61,4 +61,5 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     SCALING_TABLES,
     WAIT_TABLES,
     SECRET_TABLES,
+    TASK_HOOK_INDEX,
 )

@@ -79,8 +79,10 @@ class TaskStore(Protocol):
         """Queued ones whose time is over."""
         ...
 
-    async def hooks_due(self, now_unix_ns: int, *, limit: int) -> list[Task]:
-        """Ended ones whose webhook is to be sent, longest due first."""
+    async def hooks_due(
+        self, now_unix_ns: int, *, limit: int, without: frozenset[TenantId] = frozenset()
+    ) -> list[Task]:
+        """Ended ones whose webhook is to be sent, longest due first; none of the tenants `without`."""
         ...
 
     async def trim(self, *, ended_before_unix_ns: int, tasks_max: int, bytes_max: int, limit: int) -> list[Task]:

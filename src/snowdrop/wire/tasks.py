@@ -32,7 +32,7 @@ Key = Annotated[str, msgspec.Meta(max_length=255)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=31_536_000)]
 
 
-class NewTask(msgspec.Struct, frozen=True, kw_only=True):
+class NewTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A task to be: the call, and how it is to be carried. `body` is any JSON; what is left out has its default.
 
     `timeout_s` bounds one attempt, `ttl_s` the time until the task is given up, `delay_s` is before the first.

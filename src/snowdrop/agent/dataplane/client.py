@@ -6,7 +6,6 @@ import logging
 import os
 import resource
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +34,7 @@ from snowdrop.wire.dataplane import (
     WaitFilled,
 )
 from snowdrop.wire.packet import PacketChannel, packet_pair
+from snowdrop.wire.processes import own_process
 from snowdrop.wire.replica import AreaFile
 
 SEND_S_MAX = 10.0
@@ -280,9 +280,7 @@ async def start_process(settings: DataPlaneSettings) -> tuple[anyio.abc.Process,
     try:
         process = await anyio.open_process(
             [
-                sys.executable,
-                "-m",
-                "snowdrop.agent.dataplane",
+                *own_process("snowdrop.agent.dataplane"),
                 "--fd",
                 str(theirs.fileno()),
                 "--settings",

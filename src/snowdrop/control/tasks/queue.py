@@ -69,7 +69,16 @@ class TaskQueue:
     # --- what people ask ----------------------------------------------------------------------------------
 
     async def submit(self, tenant: TenantId, new: NewTask, body: StoredBody, name: TaskId) -> tuple[Task, bool]:
-        """A new task, durable when this returns, or the one that its idempotency key made before, and False."""
+        """A new task, durable when this returns, or the one that its idempotency key made before, and False.
+
+        NotFoundError if there is no such deployment: most likely it is spelled otherwise.
+        """
+        if (tenant, DeploymentName(new.deployment)) not in self._loop.world.deployments:
+            raise NotFoundError(
+                f"there is no deployment {new.deployment!r}",
+                where="deployment",
+                next_step="`snowdrop ps` lists deployments",
+            )
         await self._make_room(body.size_bytes)
         now = self._wall_ns()
         due = now + int(new.delay_s * 1e9)

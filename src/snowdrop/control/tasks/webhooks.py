@@ -15,6 +15,7 @@ import os
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -29,11 +30,13 @@ from yarl import URL
 
 from snowdrop.control.tasks.queue import TaskQueue
 from snowdrop.domain.errors import InvalidInputError, SnowdropError
-from snowdrop.domain.ids import TenantId
+from snowdrop.domain.ids import TaskId, TenantId
 from snowdrop.domain.task import Task, Webhook
 from snowdrop.policy.tasks import webhook_after
 
-AT_ONCE_MAX = 16
+AT_ONCE_MAX = 64
+TENANT_AT_ONCE_MAX = 16
+"""Of one tenant, whose receivers may all be slow: the others' webhooks do not wait for them."""
 DELIVERY_S_MAX = 15.0
 LOOK_S = 1.0
 KEYS_MAX = 2
@@ -138,7 +141,7 @@ class Webhooks:
         self._queue = queue
         self._keys = keys
         self._delivered = delivered
-        self._under_way: set[str] = set()
+        self._under_way: dict[TaskId, TenantId] = {}
 
     async def run(self) -> None:
         """For ever."""
@@ -156,15 +159,22 @@ class Webhooks:
         ):
             while True:
                 try:
-                    due = await self._queue.store.hooks_due(time.time_ns(), limit=AT_ONCE_MAX)
+                    busy = frozenset(t for t, n in self._counts().items() if n >= TENANT_AT_ONCE_MAX)
+                    due = await self._queue.store.hooks_due(time.time_ns(), limit=AT_ONCE_MAX, without=busy)
                 except SnowdropError as error:
                     log.warning("webhooks are looked at again later: %s", error)
                     due = []
                 for task in due:
-                    if task.id not in self._under_way and len(self._under_way) < AT_ONCE_MAX:
-                        self._under_way.add(task.id)
+                    if task.id not in self._under_way and self._has_room(task.tenant):
+                        self._under_way[task.id] = task.tenant
                         tasks.start_soon(self._deliver, session, task)
                 await self._queue.wait_hooks(LOOK_S)
+
+    def _counts(self) -> Counter[TenantId]:
+        return Counter(self._under_way.values())
+
+    def _has_room(self, tenant: TenantId) -> bool:
+        return len(self._under_way) < AT_ONCE_MAX and self._counts()[tenant] < TENANT_AT_ONCE_MAX
 
     async def _deliver(self, session: aiohttp.ClientSession, task: Task) -> None:
         try:
@@ -173,7 +183,7 @@ class Webhooks:
         except SnowdropError as error:
             log.warning("the webhook of %s is sent again: %s", task.id, error)
         finally:
-            self._under_way.discard(task.id)
+            del self._under_way[task.id]
             self._queue.ring_hooks()
 
     async def _send(self, session: aiohttp.ClientSession, task: Task) -> tuple[str, bool]:

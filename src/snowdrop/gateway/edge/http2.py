@@ -88,7 +88,9 @@ class _Stream:
         scope = self._scope
         target: str = scope["raw_path"].decode("ascii")
         if scope["query_string"]:
-            target += "?" + scope["query_string"].decode("ascii")
+            target += "?" + scope["query_string"].decode(
+                "utf-8", "surrogateescape"
+            )  # the worker refuses what is none
         try:
             async with upstreams.exchange(socket_path, scope["method"], target, self._headers(), body) as answer:
                 await self._answer(answer)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import socket
-import sys
 from pathlib import Path
 
 from snowdrop.domain.errors import InvalidInputError, SnowdropError
 from snowdrop.domain.settings import GatewaySettings
 from snowdrop.gateway.edge.server import BACKLOG
 from snowdrop.gateway.workers import STOP_MARGIN_S, Kept
+from snowdrop.wire.processes import own_process
 
 
 def listen_http2(gateway: GatewaySettings) -> socket.socket:
@@ -34,7 +34,7 @@ def kept_http2(state: Path, gateway: GatewaySettings, listen_fd: int) -> Kept:
     """The listener's process. It is never replaced: at SIGHUP it loads the certificate again."""
 
     def command(_life: str, ready_fd: int) -> list[str]:
-        made = [sys.executable, "-m", "snowdrop.main", "gateway-http2", "--state", str(state)]
+        made = [*own_process("snowdrop.main"), "gateway-http2", "--state", str(state)]
         return [*made, "--ready-fd", str(ready_fd), "--listen-fd", str(listen_fd)]
 
     return Kept(
