@@ -161,6 +161,9 @@ class TestLists:
             await end(store, leased, now=200)
         assert await store.hooks_due(199, limit=9) == []
         assert [t.id for t in await store.hooks_due(200, limit=9)] == ["task-1"]
+        others = frozenset({TenantId("a"), TenantId("b")})
+        assert [t.id for t in await store.hooks_due(200, limit=9, without=others)] == ["task-1"]
+        assert await store.hooks_due(200, limit=9, without=others | {DEFAULT_TENANT}) == []
 
 
 class TestTrim:

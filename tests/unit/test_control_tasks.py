@@ -10,9 +10,10 @@ import anyio
 import msgspec
 import pytest
 
+from platform_helpers import deployment, revision
 from snowdrop.control.tasks.files import INLINE_BYTES_MAX
 from snowdrop.domain.errors import ConflictError
-from snowdrop.domain.ids import TaskId
+from snowdrop.domain.ids import TaskId, TenantId
 from snowdrop.domain.task import Task, TaskState
 from snowdrop.state.port import KeyRecord
 from snowdrop.state.sqlite import SqliteState
@@ -85,10 +86,20 @@ class TestLoad:
             assert len(await leased(world, "g1")) == 6
             assert await leased(world, "g2") == []
 
-    async def test_a_task_of_no_deployment_is_leased_so_that_it_fails(self, world: TaskWorld) -> None:
+    async def test_a_task_of_a_deployment_that_is_gone_is_leased_so_that_it_fails(self, world: TaskWorld) -> None:
+        await world.deployed()
         async with world.serving() as http:
             await submit(http)
+            world.loop.world.deployments.pop(KEY)
             assert len(await leased(world)) == 1
+
+    async def test_a_task_of_no_deployment_is_refused_before_anything_is_kept(self, world: TaskWorld) -> None:
+        async with world.serving() as http:
+            task = {"deployment": "embde", "path": "/x", "body": LARGE}
+            async with http.post("/v1/tasks", json=task) as answer:
+                assert (answer.status, (await answer.json())["error"]["where"]) == (404, "deployment")
+            assert await world.state.tasks.counts(KEY[0]) == {}
+            assert list((world.folder / "tasks").iterdir()) == []
 
 
 class TestLeases:
@@ -346,6 +357,9 @@ class TestApi:
         record = KeyRecord(tenant="other", name="k", key_sha256="abc", created_unix_ns=1)  # type: ignore[arg-type]
         await world.state.put_key(record)
         await world.peers.load_keys()
+        other = msgspec.structs.replace(deployment(), tenant=TenantId("other"))
+        await world.state.put_revision(msgspec.structs.replace(revision(), tenant=TenantId("other")))
+        await world.loop.set_deployment(other)
         async with world.serving() as http:
             name = await submit(http, headers={KEY_HEADER: "abc", "x-snowdrop-tenant": "default"})
             for headers, status in (({KEY_HEADER: ""}, 401), ({KEY_HEADER: "wrong"}, 401), ({}, 404)):
@@ -369,6 +383,7 @@ class TestApi:
             ({"deployment": "embed", "webhook": "ftp://x/"}, "webhook"),
             ({"deployment": "embed", "webhook": "http://127.0.0.1/"}, "webhook"),
             ({"deployment": "embed", "attempts_max": 0}, "request body"),
+            ({"deployment": "embed", "atempts_max": 5}, "request body"),
             ({"path": "/"}, "request body"),
         ],
     )
@@ -380,6 +395,7 @@ class TestApi:
             assert (await answer.json())["error"]["where"] == where
 
     async def test_lists_page_by_page(self, world: TaskWorld) -> None:
+        await world.deployed()
         async with world.serving() as http:
             made = []
             for _ in range(5):

@@ -171,6 +171,40 @@ async def test_an_end_is_told_signed_and_once(tmp_path: Path) -> None:
         assert await world.queue.store.hooks_due(10**30 // 10**12, limit=9) == []
 
 
+async def test_a_tenant_whose_receivers_hang_does_not_hold_up_another(tmp_path: Path) -> None:
+    class Hanging(Receiver):
+        async def hear(self, request: web.Request) -> web.Response:
+            if request.path == "/hang":
+                hanging.append(request)
+                await let_go.wait()
+            return await super().hear(request)
+
+    hanging: list[web.Request] = []
+    let_go = anyio.Event()
+    receiver = Hanging()
+    async with delivering(tmp_path, receiver) as (world, _keys):
+        first = await hook_is(world, "delivered", 1)
+        for number in range(module.AT_ONCE_MAX + 1):
+            await put_ended(world, f"task-h{number}", "slow", first.url.replace("/hook", "/hang"), due=number + 1)
+        world.queue.ring_hooks()
+        with anyio.fail_after(10):
+            while len(hanging) < module.TENANT_AT_ONCE_MAX:
+                await anyio.sleep(0.01)
+            await put_ended(world, "task-quick", "quick", first.url, due=10**9)
+            world.queue.ring_hooks()
+            while len(receiver.heard) < 2:
+                await anyio.sleep(0.01)
+        assert len(hanging) == module.TENANT_AT_ONCE_MAX
+        let_go.set()
+
+
+async def put_ended(world: TaskWorld, name: str, tenant: str, url: str, *, due: int) -> None:
+    """A task that has ended, whose webhook is due."""
+    made = leased(task(name, tenant=TenantId(tenant), webhook=Webhook(url=url)))
+    ended = step(made, happening(Event.SUCCEEDED, now=due, answer=answer(200)))
+    await world.queue.store.submit(ended, None, waiting_max=999)
+
+
 @pytest.mark.parametrize("status", [302, 400, 500])
 async def test_a_delivery_that_is_not_taken_is_tried_again_later_with_its_reason(
     tmp_path: Path, status: int
