@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from random import Random
-from typing import Any
 
 from snowdrop.domain.errors import SnowdropError
-from snowdrop.domain.receipt import CallerTimes, join_caller
+from snowdrop.domain.receipt import CallerTimes, Span, join_caller
 from snowdrop.domain.settings import Settings
 from snowdrop.domain.trace import TraceContext, begin_trace
 from snowdrop.gateway.call import Call
@@ -59,9 +58,7 @@ def reported_to(observer: Observer, *, sample_ratio: float) -> Callable[[Call, S
 
 def record_of(call: Call, error: SnowdropError | None, ended_unix_ns: int, *, sample_ratio: float) -> RequestDone:
     """The record of a call that ended with `error`, or well, or without its caller."""
-    known: dict[str, Any] = {"tenant": call.caller.tenant or ""}
-    if call.granted is not None:
-        known |= _of_grant(call, call.granted)
+    granted = call.granted
     status = call.status
     if not status:
         status = error.http_status if error is not None else CALLER_GONE
@@ -79,27 +76,23 @@ def record_of(call: Call, error: SnowdropError | None, ended_unix_ns: int, *, sa
         first_byte_unix_ns=call.first_byte_unix_ns,
         received_bytes=call.body.received_bytes,
         sent_bytes=call.sent_bytes,
-        **known,
+        tenant=(granted.tenant if granted is not None else call.caller.tenant) or "",
+        revision=granted.revision if granted is not None else "",
+        replica=granted.replica if granted is not None else "",
+        granted_unix_ns=granted.granted_unix_ns if granted is not None else 0,
+        receipt=(granted.receipt if granted is not None else None) or "",
+        spans=_phases(call, granted) if granted is not None and granted.receipt is not None else (),
     )
 
 
-def _of_grant(call: Call, granted: Granted) -> dict[str, Any]:
-    """What is known of a call that got a slot, with the phases of the start that it waited for."""
-    known: dict[str, Any] = {
-        "tenant": granted.tenant,
-        "revision": granted.revision,
-        "replica": granted.replica,
-        "granted_unix_ns": granted.granted_unix_ns,
-    }
-    if granted.receipt is not None:
-        known["receipt"] = granted.receipt
-        caller = CallerTimes(
-            request_id=call.request_id,
-            arrived_unix_ns=call.arrived_unix_ns,
-            admitted_unix_ns=granted.granted_unix_ns,
-            first_byte_unix_ns=call.first_byte_unix_ns or granted.granted_unix_ns,
-        )
-        known["spans"] = join_caller(
-            granted.spans, caller, ordered_unix_ns=granted.ordered_unix_ns, ready_unix_ns=granted.ready_unix_ns
-        )
-    return known
+def _phases(call: Call, granted: Granted) -> tuple[Span, ...]:
+    """The phases of the start that a call waited for."""
+    caller = CallerTimes(
+        request_id=call.request_id,
+        arrived_unix_ns=call.arrived_unix_ns,
+        admitted_unix_ns=granted.granted_unix_ns,
+        first_byte_unix_ns=call.first_byte_unix_ns or granted.granted_unix_ns,
+    )
+    return join_caller(
+        granted.spans, caller, ordered_unix_ns=granted.ordered_unix_ns, ready_unix_ns=granted.ready_unix_ns
+    )

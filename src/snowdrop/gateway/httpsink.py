@@ -10,6 +10,7 @@ from multidict import CIMultiDict
 
 from snowdrop.domain.errors import SnowdropError, TooLargeError
 from snowdrop.gateway.call import Call, CallerGoneError
+from snowdrop.gateway.edge.answer import whole_answer
 from snowdrop.wire.slots import WaitNews
 
 EVENT_STREAM = "text/event-stream"
@@ -32,7 +33,7 @@ class HttpSink:
         self._call = call
         self._extra = extra
         self._answer: web.StreamResponse | None = None
-        self._whole: web.Response | None = None
+        self._whole: web.StreamResponse | None = None
         self._early = False
         self._held: list[bytes] | None = None
         self._held_status = 200
@@ -44,7 +45,7 @@ class HttpSink:
 
     @property
     def response(self) -> web.StreamResponse:
-        answer = self._whole or self._answer
+        answer = self._answer if self._whole is None else self._whole
         if answer is None:
             raise AssertionError("asked for the answer before there was one")
         return answer
@@ -61,7 +62,7 @@ class HttpSink:
             return
         if self._extra:
             headers.update(self._extra)
-        self._whole = web.Response(status=status, headers=headers, body=body)
+        self._whole = whole_answer(self._request, status, headers, body)
 
     async def begin(self, status: int, headers: CIMultiDict[str], length: int | None) -> None:
         if self._early:
