@@ -1,4 +1,4 @@
-"""Mounted model directories of this node: made and held here, served by the data plane.
+"""Mounted directories of this node, of models and images: made and held here, served by the data plane.
 
 The agent holds what keeps a mount alive (device and journal), so that a new data plane takes over where a dead
 one stopped. There is one mount for each artefact that replicas use before it is complete on disk, at
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -19,6 +20,7 @@ import anyio.to_thread
 import msgspec
 
 from snowdrop.agent.dataplane.client import DataPlane
+from snowdrop.agent.imagecontent import NodeImage, ensure_image, open_image
 from snowdrop.content.fuse.journal import create_journal
 from snowdrop.content.fuse.mount import (
     may_mount,
@@ -37,6 +39,9 @@ from snowdrop.domain.errors import (
 )
 from snowdrop.domain.ids import TenantId, fresh_id
 from snowdrop.domain.manifest import ArtefactRef
+from snowdrop.image.mount.kernel import sweep_erofs
+from snowdrop.image.mount.methods import image_mount
+from snowdrop.image.mount.port import ImageMount
 from snowdrop.wire.mounts import PersonalMount
 
 SERVE_S_MAX = 60.0
@@ -58,6 +63,8 @@ class _Mount:
         self.holders: set[str] = set()
         self.device_fd = -1
         self.journal_fd = -1
+        self.content: NodeImage | None = None
+        self.image: ImageMount | None = None
 
     def copies(self) -> tuple[int, int]:
         """Its descriptors again, the caller's. Raises UnavailableError if it was removed."""
@@ -77,6 +84,7 @@ class ModelMounts:
 
     def __init__(self, folder: Path, record: Path, data_plane: Callable[[], Awaitable[DataPlane]]) -> None:
         self._folder = folder
+        self._images = folder / "images"
         self._record = record
         self._data_plane = data_plane
         self._mounts: dict[Path, _Mount] = {}
@@ -89,12 +97,14 @@ class ModelMounts:
         """Removes mounts that an earlier agent left. Blocks. Before anything else."""
         self._personal = {Path(entry.directory): entry for entry in self._read_record()}
         for place in (self._folder, *self._personal):
+            sweep_erofs(place, self._images)
             for tree in mounted_trees(place):
                 try:
                     unmount_tree(tree.path)
                     log.info("removed %s, which an earlier agent left", tree.path)
                 except UnavailableError as error:
                     log.warning("a mount of an earlier agent stays: %s", error)
+        shutil.rmtree(self._images, ignore_errors=True)
 
     async def mount(self, tenant: TenantId, artefact: ArtefactRef, holder: str) -> Path:
         """The directory in which all files of the artefact are there, until every holder has released it.
@@ -200,6 +210,8 @@ class ModelMounts:
 
     async def _make(self, at: Path, tenant: TenantId, artefact: ArtefactRef) -> _Mount:
         mount = _Mount(at, tenant, artefact)
+        if artefact.kind == "image":
+            return await self._make_image(mount)
         try:
             # Shielded: a mount whose descriptor was lost could not be served by anybody.
             with anyio.CancelScope(shield=True):
@@ -212,7 +224,30 @@ class ModelMounts:
             raise
         return mount
 
+    async def _make_image(self, mount: _Mount) -> _Mount:
+        try:
+            mount.at.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+            mount.content = await open_image(self._data_plane, mount.tenant, mount.artefact, mount.pin)
+            mount.image = image_mount(mount.content, self._images / mount.pin)
+            await mount.image.mount(mount.at)
+            self._mounts[mount.at] = mount
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await self._remove(mount)
+            if isinstance(error, OSError):
+                raise UnavailableError(
+                    f"a mount cannot be prepared: {error.strerror}", where=str(mount.at)
+                ) from error
+            raise
+        return mount
+
     async def _serve(self, mount: _Mount, plane: DataPlane) -> None:
+        if mount.content is not None:
+            with anyio.move_on_after(SERVE_S_MAX):
+                await ensure_image(plane, mount.tenant, mount.artefact, mount.pin)
+                await mount.content.renew(plane)
+                return
+            raise TimedOutError("the data plane does not serve the image", where=f"serve_s_max={SERVE_S_MAX}")
         with anyio.move_on_after(SERVE_S_MAX):
             got = await plane.ensure(
                 mount.tenant,
@@ -254,6 +289,8 @@ class ModelMounts:
     async def _remove(self, mount: _Mount) -> None:
         self._mounts.pop(mount.at, None)
         try:
+            if mount.image is not None:
+                await mount.image.unmount()
             await anyio.to_thread.run_sync(_remove_blocking, mount, mount.at.parent == self._folder)
         except UnavailableError as error:
             log.warning("%s", error)

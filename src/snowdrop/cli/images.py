@@ -1,4 +1,4 @@
-"""`image push|ls|show|rm`."""
+"""`image push|ls|show|mount|unmount|rm`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from snowdrop.cli.models import PrivateFlag, manifest_of, private_hasher
+from snowdrop.cli.mounts import mount_artefact, unmount_directory
 from snowdrop.cli.output import (
     Context,
     JsonFlag,
@@ -210,6 +211,25 @@ def show(name: str, json: JsonFlag = False) -> None:
                 path = entry.path.decode(errors="backslashreplace")
                 shown.add_row(path, human_bytes(entry.size), entry.sha256.hex()[:16])
         console.print(shown)
+
+
+@app.command()
+def mount(
+    name: Annotated[str, typer.Argument(help="An image that was pushed.")],
+    directory: Annotated[Path, typer.Argument(help="Where: an empty directory, or one to be made.")],
+    json: JsonFlag = False,
+) -> None:
+    """Show an image as a directory, at once: its data is fetched as it is read."""
+    with reported():
+        ctx = context(json=json)
+        mount_artefact(ctx, record_of(ctx, name), directory)
+
+
+@app.command()
+def unmount(directory: Path, json: JsonFlag = False) -> None:
+    """Remove what `image mount` has made. Programs that have files open keep them."""
+    with reported():
+        unmount_directory(context(json=json), directory)
 
 
 @app.command()

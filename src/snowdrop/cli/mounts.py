@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from snowdrop.cli.output import JsonFlag, console, context, human_bytes, reported, say_json, table
+from snowdrop.cli.output import Context, JsonFlag, console, context, human_bytes, reported, say_json, table
 from snowdrop.domain.deployment import ModelRecord
 from snowdrop.domain.ids import TenantId
 from snowdrop.wire.mounts import PersonalMount, Unmount
@@ -21,29 +21,13 @@ def mount(
     """Show a model as a directory with all its files, which are fetched as they are read."""
     with reported():
         ctx = context(json=json)
-        record = ctx.client.get(ModelRecord, "models", name)
-        at = directory.absolute()
-        wanted = PersonalMount(
-            directory=str(at), tenant=TenantId(ctx.tenant), model=name, artefact=record.artefact
-        )
-        ctx.client.agent().send(list[PersonalMount], "PUT", "mounts", body=wanted)
-        if ctx.json:
-            say_json(wanted)
-            return
-        size = human_bytes(record.artefact.total_bytes)
-        console.print(f"{name} is at {at}: {record.artefact.file_count} files, {size}, fetched as they are read")
+        mount_artefact(ctx, ctx.client.get(ModelRecord, "models", name), directory)
 
 
 def unmount(directory: Path, json: JsonFlag = False) -> None:
     """Remove what `model mount` has made. Programs that have files open keep them."""
     with reported():
-        ctx = context(json=json)
-        at = directory.absolute()
-        ctx.client.agent().send(list[PersonalMount], "DELETE", "mounts", body=Unmount(directory=str(at)))
-        if ctx.json:
-            say_json({"unmounted": str(at)})
-        else:
-            console.print(f"{at} is unmounted")
+        unmount_directory(context(json=json), directory)
 
 
 def list_mounts(json: JsonFlag = False) -> None:
@@ -58,6 +42,31 @@ def list_mounts(json: JsonFlag = False) -> None:
         for entry in found:
             shown.add_row(entry.directory, entry.model, entry.tenant, human_bytes(entry.artefact.total_bytes))
         console.print(shown if found else "nothing is mounted; `snowdrop model mount NAME DIRECTORY` does it")
+
+
+def mount_artefact(ctx: Context, record: ModelRecord, directory: Path) -> None:
+    """Has the agent mount a model or an image, and says so."""
+    at = directory.absolute()
+    wanted = PersonalMount(
+        directory=str(at), tenant=TenantId(ctx.tenant), model=record.name, artefact=record.artefact
+    )
+    ctx.client.agent().send(list[PersonalMount], "PUT", "mounts", body=wanted)
+    if ctx.json:
+        say_json(wanted)
+        return
+    size = human_bytes(record.artefact.total_bytes)
+    files = "" if record.artefact.kind == "image" else f"{record.artefact.file_count} files, "
+    console.print(f"{record.name} is at {at}: {files}{size}, fetched as they are read")
+
+
+def unmount_directory(ctx: Context, directory: Path) -> None:
+    """Has the agent remove a mount, and says so."""
+    at = directory.absolute()
+    ctx.client.agent().send(list[PersonalMount], "DELETE", "mounts", body=Unmount(directory=str(at)))
+    if ctx.json:
+        say_json({"unmounted": str(at)})
+    else:
+        console.print(f"{at} is unmounted")
 
 
 def add_commands(app: typer.Typer) -> None:

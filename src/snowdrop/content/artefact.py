@@ -28,11 +28,14 @@ from snowdrop.content.source import PackSource, bad_chunks, wrong_chunk
 from snowdrop.domain.cancel import CANCEL_FLAG
 from snowdrop.domain.errors import CorruptContentError, NotFoundError, SnowdropError, error_from_body
 from snowdrop.domain.ids import Digest
+from snowdrop.domain.image import TREE_FILE
 from snowdrop.domain.manifest import MANIFEST_BYTES_MAX, Extent, FileEntry, Manifest
 from snowdrop.policy.prefetch import URGENT
 
 EAGER_BYTES_MAX = 16 << 20
-"""Files without tensors up to this size are in the directory before a replica starts; larger ones follow."""
+"""Files without tensors up to this size are in the directory before a replica starts; larger ones follow.
+
+Of an image, its tree is, whatever its size, and no data."""
 
 
 MANIFEST_GUESS_BYTES = 1 << 20
@@ -66,7 +69,7 @@ class Artefact:
         self.behind: anyio.Event | None = None
         self.behind_error: SnowdropError | None = None
         self.must_complete = False
-        self.eager_chunks = _chunks_of(manifest, lambda file: not file.tensors and file.size <= EAGER_BYTES_MAX)
+        self.eager_chunks = _chunks_of(manifest, partial(_is_eager, manifest))
         self.all_chunks = _chunks_of(manifest, lambda _: True)
         self._loop = asyncio.get_running_loop()
         self._more = anyio.Event()
@@ -155,6 +158,12 @@ class Artefact:
     def _call_soon(self, call: Callable[[], None]) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             self._loop.call_soon_threadsafe(call)
+
+
+def _is_eager(manifest: Manifest, file: FileEntry) -> bool:
+    if manifest.kind == "image":
+        return file.path == TREE_FILE  # its data is what a mount fetches as it is read
+    return not file.tensors and file.size <= EAGER_BYTES_MAX
 
 
 def _chunks_of(manifest: Manifest, files: Callable[[FileEntry], bool]) -> list[int]:

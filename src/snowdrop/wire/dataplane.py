@@ -6,6 +6,8 @@ descriptors, read-only for whoever gets them.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.ids import Digest, TenantId
 from snowdrop.domain.receipt import ContentBytes, Span
@@ -51,10 +53,12 @@ class ServeMount(Message, frozen=True, kw_only=True):
 
     Comes with two descriptors: the mount's /dev/fuse and its journal (`content.fuse.journal`). Served until the
     mount is gone. Another data plane may have served it before; this one answers what that one had left.
+    `view` says what it shows: the artefact's `files`; of an image, its `tree`, or the one file `data`.
     """
 
     request: int
     manifest: Digest
+    view: Literal["files", "data", "tree"] = "files"
 
 
 class Release(Message, frozen=True, kw_only=True):

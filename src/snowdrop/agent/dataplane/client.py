@@ -8,7 +8,7 @@ import resource
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import anyio
 import anyio.abc
@@ -164,10 +164,17 @@ class DataPlane:
         request = self._take_number()
         await self._call(WaitDirectory(request=request, manifest=manifest), request, Completed)
 
-    async def serve_mount(self, manifest: Digest, device_fd: int, journal_fd: int) -> None:
+    async def serve_mount(
+        self,
+        manifest: Digest,
+        device_fd: int,
+        journal_fd: int,
+        *,
+        view: Literal["files", "data", "tree"] = "files",
+    ) -> None:
         """Returns once a mount of an ensured artefact is served. The descriptors stay the caller's."""
         request = self._take_number()
-        message = ServeMount(request=request, manifest=manifest)
+        message = ServeMount(request=request, manifest=manifest, view=view)
         await self._call(message, request, Completed, (device_fd, journal_fd))
 
     async def ask(self, make: Callable[..., Message], wanted: type[Answer]) -> Answer:

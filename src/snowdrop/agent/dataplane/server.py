@@ -132,7 +132,7 @@ class _Session:
 
     async def _serve_mount(self, mounts: MountServer, message: ServeMount, fds: tuple[int, ...]) -> None:
         try:
-            await mounts.serve(message.manifest, fds)
+            await mounts.serve(message.manifest, fds, message.view)
             await self._send(Completed(request=message.request))
         except Exception as error:  # noqa: BLE001 -- as above
             await self._send(Refused(request=message.request, error=_refusal(error).body()))

@@ -93,7 +93,7 @@ def mounted_trees(below: Path) -> list[MountedTree]:
     for line in MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]:
         before, _, after = line.partition(" - ")
         fields, kind, source = before.split(" "), after.split(" ")[0], after.split(" ")[1]
-        path = Path(_unescaped(fields[4]))
+        path = Path(unescaped(fields[4]))
         if kind.startswith("fuse") and source == SOURCE and path.is_relative_to(below):
             found.append(MountedTree(path, fields[2]))
     return found
@@ -152,7 +152,7 @@ def _real(at: Path) -> Path:
     return at.parent.resolve() / at.name
 
 
-def _unescaped(text: str) -> str:
+def unescaped(text: str) -> str:
     """mountinfo writes blanks and backslashes as octal."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 

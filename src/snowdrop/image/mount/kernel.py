@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 from pathlib import Path
 
-from snowdrop.content.fuse.mount import may_mount
+from snowdrop.content.fuse.mount import MOUNTINFO, may_mount, unescaped
 from snowdrop.domain.errors import UnavailableError
 from snowdrop.image.mount.port import Method
 
@@ -17,6 +18,9 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _FILE_BACKED_SINCE = (6, 12)
 """Linux that mounts EROFS from files; before, each file would need a loop device."""
+
+
+log = logging.getLogger("snowdrop.image")
 
 
 def possible_methods() -> tuple[Method, ...]:
@@ -62,6 +66,20 @@ def unmount(at: Path) -> None:
         number = ctypes.get_errno()
         if number not in {errno.EINVAL, errno.ENOENT}:
             raise UnavailableError(f"cannot unmount: {os.strerror(number)}", where=str(at))
+
+
+def sweep_erofs(below: Path, work: Path) -> None:
+    """Removes EROFS mounts at `below` or inside it whose metadata lay in `work`: a process that died left them."""
+    below, work = below.parent.resolve() / below.name, work.resolve()
+    for line in MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]:
+        before, _, after = line.partition(" - ")
+        kind, source = after.split(" ")[:2]
+        path = Path(unescaped(before.split(" ")[4]))
+        if kind == "erofs" and Path(unescaped(source)).is_relative_to(work) and path.is_relative_to(below):
+            try:
+                unmount(path)
+            except UnavailableError as error:
+                log.warning("a mount of an earlier process stays: %s", error)
 
 
 def _failed(number: int, at: Path) -> UnavailableError:

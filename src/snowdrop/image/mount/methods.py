@@ -83,7 +83,7 @@ class ErofsMount:
             except OSError as error:
                 raise translated(error, self._work) from error
             data = await self._data()
-            await anyio.to_thread.run_sync(mount_erofs, metadata, data, at)
+            await anyio.to_thread.run_sync(mount_erofs, metadata.resolve(), data, at)
             self._at = at
         except BaseException:
             with anyio.CancelScope(shield=True), suppress(UnavailableError):
