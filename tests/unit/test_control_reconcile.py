@@ -217,6 +217,7 @@ async def test_a_service_may_have_requests_refused_at_once() -> None:
     assert refusal is not None
     assert refusal.kind == "revision_failed"
     bench.demand()
+    assert bench.iterate() == []
     bench.iterate(after_s=PROBE_S_FIRST)
     bench.loop.publish(KEY)
     assert bench.route().refusal is None, "the pause is over: the next one tells"
