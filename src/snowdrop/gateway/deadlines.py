@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Sized
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
-from snowdrop.gateway.table import TicketKey
+from snowdrop.gateway.effects import TicketKey
 
 STALE_MAX = 1_024
 """Outdated deadlines that may be kept beside two for each ticket."""

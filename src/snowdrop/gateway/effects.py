@@ -9,6 +9,8 @@ from snowdrop.domain.ids import DeploymentName, ReplicaId, TenantId
 from snowdrop.wire.control import DeploymentRoute
 from snowdrop.wire.slots import Denied, Granted, Looked, WaitNews
 
+TicketKey = tuple[str, int]
+"""A worker, and its number for one of its requests."""
 DeploymentKey = tuple[TenantId, DeploymentName]
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from snowdrop.domain.errors import CallDeadlockError, SnowdropError
-from snowdrop.gateway.effects import DeploymentKey
-from snowdrop.gateway.table import Deployment, Lease, TicketKey
+from snowdrop.gateway.effects import DeploymentKey, TicketKey
+from snowdrop.gateway.table import Deployment, Lease
 from snowdrop.policy.deadlock import InnerWait, Target, blocked
 from snowdrop.wire.slots import Acquire
 

@@ -23,6 +23,7 @@ from snowdrop.gateway.effects import (
     Idle,
     Now,
     Tell,
+    TicketKey,
     deny,
     no_longer_served,
     queue_full,
@@ -31,7 +32,7 @@ from snowdrop.gateway.effects import (
 from snowdrop.gateway.lineage import Lineage
 from snowdrop.gateway.looking import looked
 from snowdrop.gateway.slots import Gauges, ReplicaSlots
-from snowdrop.gateway.table import Deployment, Lease, TicketKey, Waiting
+from snowdrop.gateway.table import Deployment, Lease, Waiting
 from snowdrop.gateway.traffic import is_free
 from snowdrop.gateway.waitlog import WaitLog, waiting_now
 from snowdrop.policy import admission
@@ -296,7 +297,7 @@ class QueueCore:
         depth = self._lineage.depth_of(parent)
         self._leases[lease] = Lease(worker, key, replica, ticket, deployment, now.s, parent, depth)
         replica.leases.add(lease)
-        deployment.lent(now.s)
+        deployment.times.lent(ticket, now.s)
         self._tickets[ticket] = lease
         route = replica.route
         waited_for_it = request.arrived_unix_ns < route.ready_unix_ns

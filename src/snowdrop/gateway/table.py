@@ -9,8 +9,9 @@ import msgspec
 
 from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.ids import ReplicaId
-from snowdrop.gateway.effects import DeploymentKey, Now, waited_too_long
+from snowdrop.gateway.effects import DeploymentKey, Now, TicketKey, waited_too_long
 from snowdrop.gateway.slots import Gauges, ReplicaSlots
+from snowdrop.gateway.slottimes import SlotTimes
 from snowdrop.gateway.traffic import Traffic, lost_pins
 from snowdrop.gateway.words import phase_of, reason_of
 from snowdrop.policy.admission import come_back_s, spread_s
@@ -26,8 +27,6 @@ OUTLOOK_S = 0.05
 """A forecast holds for so long: thousands may come in that time."""
 PROMISES_MAX = 10_000
 """Refused requests whose time to come back is remembered, so that not all are told the same."""
-
-TicketKey = tuple[str, int]
 
 
 class Lease(msgspec.Struct):
@@ -79,10 +78,7 @@ class Deployment:
         self.refused = 0
         self.peak = 0
         self.reported = 0
-        self.done = 0
-        self.slot_s = 0.0
-        self.granted_sum_s = 0.0
-        self.out = 0
+        self.times = SlotTimes()
         self.drained_per_s = 0.0
         self.drained_at_s = 0.0
         self.woken_until_s = 0.0
@@ -226,20 +222,11 @@ class Deployment:
 
     # --- leases -------------------------------------------------------------------------------------------
 
-    def lent(self, now_s: float) -> None:
-        self.out += 1
-        self.granted_sum_s += now_s
-
     def given_back(self, lease: Lease, now_s: float, *, done: bool, outcome: Outcome | None = None) -> None:
-        """A slot is back. Only of a request that was carried out is anything learned."""
-        self.out -= 1
-        # Sums of many floats drift; with nothing out there is nothing to sum.
-        self.granted_sum_s = self.granted_sum_s - lease.granted_s if self.out else 0.0
+        """A slot is back."""
+        self.times.back(lease.ticket, now_s, done=done, usual_s=self.route.service_s)
         if outcome is not None:
             self.traffic.note(lease.replica.route.revision, outcome)
-        if done:
-            self.done += 1
-            self.slot_s += max(0.0, now_s - lease.granted_s)
 
     # --- forecasts ----------------------------------------------------------------------------------------
 
@@ -272,7 +259,7 @@ class Deployment:
             coming = [route.start_s]  # control is about to order one
         return Outlook(
             slots=slots,
-            service_s=route.service_s or (self.slot_s / self.done if self.done else 0.0),
+            service_s=route.service_s or (self.times.slot_s / self.times.done if self.times.done else 0.0),
             drained_per_s=self.drain_rate(now.s),
             coming_s=tuple(coming),
             coming_slots=max(1, route.concurrency),
@@ -363,11 +350,11 @@ class Deployment:
             arrived=self.arrived,
             refused=self.refused,
             busy={name: r.in_flight for name, r in self.replicas.items() if r.in_flight},
-            done=self.done,
-            slot_s=self.slot_s,
+            done=self.times.done,
+            slot_s=self.times.slot_s,
             revisions=self.traffic.loads(),
             pinned=self.traffic.pinned(),
-            running_s=max(0.0, self.out * now_s - self.granted_sum_s),
+            running_s=self.times.running_s(now_s),
         )
         self.peak = self.reported = in_flight + queued
         return load

@@ -98,6 +98,7 @@ class DeploymentLoad(msgspec.Struct, frozen=True, kw_only=True):
     `peak` is the highest in-flight + queued since the last report, so that a burst between two is not lost;
     `busy` has the requests in flight by replica, without those that have none. `done` requests gave their slot
     back since start, after `slot_s` seconds in all; those in flight now have had theirs for `running_s` in all.
+    Neither sum counts what is far longer than the rest (`gateway.slottimes`).
     `pinned` requests wait for a revision that they name.
     """
 
