@@ -196,7 +196,8 @@ async def test_a_reader_waits_while_nobody_serves_and_is_answered_by_the_next_se
         found: list[bytes] = []
 
         async def read() -> None:
-            found.append(await anyio.to_thread.run_sync((tmp_path / "root" / "a").read_bytes))
+            file = tmp_path / "root" / "a"
+            found.append(await anyio.to_thread.run_sync(file.read_bytes, abandon_on_cancel=True))
 
         with anyio.fail_after(WAIT_S_MAX):
             async with anyio.create_task_group() as tasks:
