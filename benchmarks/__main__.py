@@ -7,7 +7,16 @@ import signal
 import sys
 
 # One line a benchmark: its name is its module's.
-NAMES = ("batching", "burst", "cold_start", "gateway", "weights_dedupe", "weights_local", "weights_origin")
+NAMES = (
+    "batching",
+    "burst",
+    "cold_start",
+    "fs_ops",
+    "gateway",
+    "weights_dedupe",
+    "weights_local",
+    "weights_origin",
+)
 
 
 def main() -> int:

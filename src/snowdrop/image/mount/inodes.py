@@ -102,7 +102,9 @@ class ImageInodes:
 
     def attributes(self, node: int) -> bytes:
         entry = self.entry(node)
-        size = {"dir": ALIGN_BYTES, "symlink": len(entry.target)}.get(entry.kind, entry.size)
+        size = entry.size
+        if entry.kind != "file":
+            size = ALIGN_BYTES if entry.kind == "dir" else len(entry.target)
         sectors = -(-size // ALIGN_BYTES) * (ALIGN_BYTES // _SECTOR_BYTES)
         seconds, nanoseconds = divmod(entry.mtime_ns, _NS)
         return FUSE_ATTR.pack(
