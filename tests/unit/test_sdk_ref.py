@@ -166,8 +166,8 @@ class TestWhatACallCarries:
             )
         )
         try:
-            call = make_call("embed", "/x", {"a": 1}, "POST", {"Accept": "z"}, None)
-            short = make_call("embed", "/x", {}, "POST", None, 5.0)
+            call = make_call("embed", "/x", {"a": 1}, headers={"Accept": "z"})
+            short = make_call("embed", "/x", {}, timeout_s=5.0)
         finally:
             CALL_CONTEXT.reset(mark)
         assert call.headers["x-request-id"] == "req-1"
@@ -183,7 +183,7 @@ class TestWhatACallCarries:
         mark = CALL_CONTEXT.set(CallContext(deadline_unix_s=time.time() - 1))
         try:
             with pytest.raises(sd.CallTimedOutError):
-                make_call("embed", "/x", {}, "POST", None, None)
+                make_call("embed", "/x", {})
         finally:
             CALL_CONTEXT.reset(mark)
 

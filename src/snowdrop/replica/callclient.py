@@ -23,8 +23,8 @@ from snowdrop.domain.errors import (
     ReplicaDiedError,
     SnowdropError,
     TimedOutError,
-    TooLargeError,
 )
+from snowdrop.wire.bodies import gathered
 
 if TYPE_CHECKING:
     from aiohttp import ClientTimeout
@@ -57,18 +57,13 @@ class HttpReply:
         return {name.lower(): value for name, value in self._response.headers.items()}
 
     async def read(self, bytes_max: int) -> bytes:
-        parts: list[bytes] = []
-        size = 0
-        async for chunk in self.chunks():
-            size += len(chunk)
-            if size > bytes_max:
-                raise TooLargeError(
-                    "the answer is too large",
-                    where=f"answer_bytes_max={bytes_max}",
-                    next_step="ask for less, or read it as a stream",
-                )
-            parts.append(chunk)
-        return b"".join(parts)
+        return await gathered(
+            self.chunks(),
+            bytes_max,
+            what="the answer",
+            bound="answer_bytes_max",
+            next_step="ask for less, or read it as a stream",
+        )
 
     def chunks(self) -> AsyncIterator[bytes]:
         return self._response.content.iter_any()

@@ -8,7 +8,7 @@ Where the caller goes away, the call is cancelled.
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from typing import Any, TypeVar, overload
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import msgspec
 
@@ -51,6 +51,14 @@ T = TypeVar("T")
 Decode = Callable[[bytes], Any]
 
 
+class CallOptions(TypedDict, total=False):
+    """Of every form of a call; `timeout_s` shortens what the caller's own time leaves."""
+
+    method: str
+    headers: Mapping[str, str] | None
+    timeout_s: float | None
+
+
 class Ref:
     """A deployment, by name.
 
@@ -68,57 +76,47 @@ class Ref:
         self,
         path: str,
         body: object = None,
-        *,
-        method: str = "POST",
-        headers: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
+        **options: Unpack[CallOptions],
     ) -> Any:
         """The answer of the endpoint: decoded JSON, or bytes for anything else.
 
-        `body` becomes JSON; bytes are sent as they are. `timeout_s` shortens what the caller's own time leaves.
+        `body` becomes JSON; bytes are sent as they are. Options: `method` (POST), `headers`, `timeout_s`.
         Raises CallFailedError, CallUnavailableError or CallTimedOutError.
         """
-        return await fetch(make_call(self.name, path, body, method, headers, timeout_s), msgspec.json.decode)
+        return await fetch(make_call(self.name, path, body, **options), msgspec.json.decode)
 
     def stream(
         self,
         path: str,
         body: object = None,
-        *,
-        method: str = "POST",
-        headers: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
+        **options: Unpack[CallOptions],
     ) -> AsyncIterator[Any]:
         """The items of a stream, decoded; pieces of bytes where it is one of bytes. Raises as a call does."""
-        accepting = {"accept": EVENT_STREAM, **(headers or {})}
-        return items(make_call(self.name, path, body, method, accepting, timeout_s), msgspec.json.decode)
+        return items(self._streamed(path, body, options), msgspec.json.decode)
 
     def call(
         self,
         path: str,
         body: object = None,
-        *,
-        method: str = "POST",
-        headers: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
+        **options: Unpack[CallOptions],
     ) -> Any:
         """As a plain call, for a thread: waits for the answer."""
-        call = make_call(self.name, path, body, method, headers, timeout_s)
+        call = make_call(self.name, path, body, **options)
         return blocking(lambda: fetch(call, msgspec.json.decode), call)
 
     def iterate(
         self,
         path: str,
         body: object = None,
-        *,
-        method: str = "POST",
-        headers: Mapping[str, str] | None = None,
-        timeout_s: float | None = None,
+        **options: Unpack[CallOptions],
     ) -> Iterator[Any]:
         """As `stream`, for a thread."""
-        accepting = {"accept": EVENT_STREAM, **(headers or {})}
-        call = make_call(self.name, path, body, method, accepting, timeout_s)
-        return blocking_items(call, msgspec.json.decode)
+        return blocking_items(self._streamed(path, body, options), msgspec.json.decode)
+
+    def _streamed(self, path: str, body: object, options: CallOptions) -> OutgoingCall:
+        accepting = {"accept": EVENT_STREAM, **(options.get("headers") or {})}
+        options["headers"] = accepting
+        return make_call(self.name, path, body, **options)
 
 
 @overload
@@ -148,13 +146,14 @@ def name_of_ref(value: object) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def make_call(  # noqa: PLR0917 -- what every form of a call takes
+def make_call(
     deployment: str,
     path: str,
     body: object,
-    method: str,
-    headers: Mapping[str, str] | None,
-    timeout_s: float | None,
+    *,
+    method: str = "POST",
+    headers: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
 ) -> OutgoingCall:
     """The call with what it carries on from the running request. Raises InvalidInputError, CallTimedOutError."""
     if not path.startswith("/"):

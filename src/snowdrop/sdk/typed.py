@@ -130,7 +130,7 @@ class BoundCall:
         headers = {"accept": accept} if accept else None
         # Where OpenAI's dialect is spoken, the method's only parameter is the whole body.
         body = next(iter(given.values()), {}) if self._path in OPENAI_PATHS else given
-        return make_call(self._deployment, self._path, body, "POST", headers, None)
+        return make_call(self._deployment, self._path, body, headers=headers)
 
     @cached_property
     def _signature(self) -> Signature:

@@ -12,11 +12,12 @@ from aiohttp import web
 from snowdrop.control.tasks.files import TaskFiles, request_name, result_name
 from snowdrop.control.tasks.queue import TaskQueue, fresh_task_id
 from snowdrop.control.tasks.webhooks import WebhookKeys, check_url
-from snowdrop.domain.errors import ConflictError, InvalidInputError, SnowdropError, TooLargeError, error_from_body
+from snowdrop.domain.errors import ConflictError, InvalidInputError, SnowdropError, error_from_body
 from snowdrop.domain.ids import DEFAULT_TENANT, DeploymentName, TaskId, TenantId, parse_name
 from snowdrop.domain.task import Task, TaskState
 from snowdrop.state.tasks import LIST_MAX, TaskFilter
 from snowdrop.wire.api import TENANT_HEADER
+from snowdrop.wire.bodies import gathered
 from snowdrop.wire.tasks import (
     END_HEADER,
     KEY_HEADER,
@@ -97,7 +98,13 @@ class TasksApi:
                 request.content.iter_chunked(BODY_READ_BYTES),
             )
         else:
-            data = await _read(request, settings.body_bytes_max + NEW_TASK_BYTES_MAX)
+            data = await gathered(
+                request.content.iter_chunked(BODY_READ_BYTES),
+                settings.body_bytes_max + NEW_TASK_BYTES_MAX,
+                what="the submission",
+                bound="tasks.body_bytes_max",
+                next_step="send less, or raise the setting",
+            )
             new = _decoded(data, NewTask, "request body")
             chunks = _once(b"" if new.body == NO_BODY else bytes(new.body))
         new = _checked(new, request, private_allowed=settings.webhook_private_allowed)
@@ -288,16 +295,6 @@ def _decoded(data: bytes, kind: type[T], where: str) -> T:
         raise InvalidInputError(
             f"this is no task: {error}", where=where, next_step="docs/reference/http.md says what belongs into it"
         ) from error
-
-
-async def _read(request: web.Request, bytes_max: int) -> bytes:
-    parts, size = list[bytes](), 0
-    async for chunk in request.content.iter_chunked(BODY_READ_BYTES):
-        size += len(chunk)
-        if size > bytes_max:
-            raise TooLargeError("the submission is too large", where=f"tasks.body_bytes_max={bytes_max}")
-        parts.append(chunk)
-    return b"".join(parts)
 
 
 async def _once(data: bytes) -> AsyncIterator[bytes]:

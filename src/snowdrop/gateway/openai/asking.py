@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from snowdrop.domain.errors import InvalidInputError, TooLargeError
+from snowdrop.domain.errors import InvalidInputError
 from snowdrop.gateway.bodies import IncomingBody
+from snowdrop.wire.bodies import gathered
 
 BODY_BYTES_MAX = 32 << 20
 """A request is read whole before its model is known; pictures come inside of it, as base64."""
@@ -25,18 +26,13 @@ async def read_whole(body: IncomingBody) -> bytes:
     """All of a body. Raises TooLargeError, and TimedOutError for a client that is too slow."""
     if body.whole is not None:
         return body.whole
-    parts: list[bytes] = []
-    size = 0
-    async for part in body.stream():
-        size += len(part)
-        if size > BODY_BYTES_MAX:
-            raise TooLargeError(
-                "the request's body is too large",
-                where=f"openai_body_bytes_max={BODY_BYTES_MAX}",
-                next_step="send less",
-            )
-        parts.append(part)
-    return b"".join(parts)
+    return await gathered(
+        body.stream(),
+        BODY_BYTES_MAX,
+        what="the request's body",
+        bound="openai_body_bytes_max",
+        next_step="send less",
+    )
 
 
 def read_asked(body: bytes) -> Asked:
