@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import msgspec
 
@@ -37,6 +38,10 @@ class _Node:
         self.children: dict[bytes, _Node] = {}
 
 
+_Way = list[tuple[_Node, bytes]]
+"""Directories from the root down, each with its name in the one before."""
+
+
 def flatten(layers: Iterable[Iterable[TreeEntry]], *, allow_setid: bool = False) -> tuple[TreeEntry, ...]:
     """The tree's entries in their order, with contents as the layers' entries have them.
 
@@ -58,13 +63,13 @@ class Flattener:
 
     allow_setid: bool = False
     _root: _Node = field(default_factory=lambda: _Node(TreeEntry(b"", "dir", 0o755)))
-    _brought: set[int] = field(default_factory=set)
-    """Ids of the nodes that this layer brought, or that lie on the way to one."""
+    _brought: set[tuple[int, bytes]] = field(default_factory=set)
+    """What this layer brought, or what lies on the way to it: the directory's node by its id, and the name."""
     _seen: set[bytes] = field(default_factory=set)
     _count: int = 1
 
     def next_layer(self) -> None:
-        self._brought, self._seen = {id(self._root)}, set()
+        self._brought, self._seen = set(), set()
 
     def add(self, entry: TreeEntry) -> None:
         path = entry.path
@@ -80,17 +85,9 @@ class Flattener:
             return
         parent = self._parent(parent_path, path)
         entry = kept_attributes(entry, allow_setid=self.allow_setid)
-        there = parent.children.get(name)
         if entry.kind == "hardlink":
             self._bring(parent, name, self._link_target(entry))
-        elif entry.kind == "dir" and there is not None:
-            held = self._held_directory(there, path)
-            if held is None:
-                self._bring(parent, name, _Node(entry))
-            else:
-                held.entry = entry
-                self._brought.add(id(held))
-        else:
+        elif entry.kind != "dir" or not self._change_directory(entry):
             self._bring(parent, name, _Node(entry))
 
     def entries(self) -> tuple[TreeEntry, ...]:
@@ -122,11 +119,13 @@ class Flattener:
         else:
             self._count -= _names_below(parent.children[name])
         parent.children[name] = node
-        self._brought.add(id(node))
+        self._brought.add((id(parent), name))
 
-    def _parent(self, path: bytes, wanted_by: bytes) -> _Node:
-        """The directory at `path`; what is missing on the way is made, as unpacking would."""
-        node, way = self._root, [self._root]
+    def _walk(self, path: bytes, wanted_by: bytes, *, make: bool) -> _Way | None:
+        """The way to the directory at `path`, links followed. With `make` what is missing is made, as unpacking
+        would, and what stands in the way is refused; otherwise None says that there is no such directory.
+        """
+        way: _Way = [(self._root, b"")]
         parts = path.split(b"/")[::-1] if path else []
         followed = 0
         while parts:
@@ -135,70 +134,55 @@ class Flattener:
                 if len(way) == 1:
                     raise _refused("a symbolic link on the way to it leads out of the image", wanted_by)
                 way.pop()
-                node = way[-1]
                 continue
             if name in {b"", b"."}:
                 continue
+            node = way[-1][0]
             child = node.children.get(name)
-            if child is None:
+            if child is None and make:
                 child = _Node(TreeEntry(name, "dir", 0o755))
                 self._bring(node, name, child)
-            if child.entry.kind == "symlink":
+            if child is not None and child.entry.kind == "symlink":
                 followed += 1
                 if followed > LINKS_FOLLOWED_MAX:
                     raise _refused(f"more than {LINKS_FOLLOWED_MAX} symbolic links on the way to it", wanted_by)
-                target = child.entry.target
-                if target.startswith(b"/"):
-                    node, way = self._root, [self._root]
-                parts += target.split(b"/")[::-1]
-                continue
-            if child.entry.kind != "dir":
-                raise _refused(f"{_shown(name)} on the way to it is a {child.entry.kind}", wanted_by)
-            self._brought.add(id(child))
-            node = child
-            way.append(node)
-        return node
-
-    def _held_directory(self, there: _Node, path: bytes) -> _Node | None:
-        """What a directory's entry over `there` changes: that directory, or the one that a link there leads to."""
-        if there.entry.kind == "dir":
-            return there
-        if there.entry.kind != "symlink":
-            return None
-        return self._find(path)
-
-    def _find(self, path: bytes) -> _Node | None:
-        """The directory that `path` leads to, links followed; None if there is none. Makes nothing."""
-        node, way = self._root, [self._root]
-        parts = path.split(b"/")[::-1]
-        followed = 0
-        while parts:
-            name = parts.pop()
-            if name == b"..":
-                if len(way) > 1:
-                    way.pop()
-                node = way[-1]
-                continue
-            if name in {b"", b"."}:
-                continue
-            child = node.children.get(name)
-            if child is None or child.entry.kind not in {"dir", "symlink"}:
-                return None
-            if child.entry.kind == "symlink":
-                followed += 1
-                if followed > LINKS_FOLLOWED_MAX:
-                    return None
                 if child.entry.target.startswith(b"/"):
-                    node, way = self._root, [self._root]
+                    way = way[:1]
                 parts += child.entry.target.split(b"/")[::-1]
                 continue
-            node = child
-            way.append(node)
-        return node
+            if child is None or child.entry.kind != "dir":
+                if make and child is not None:
+                    raise _refused(f"{_shown(name)} on the way to it is a {child.entry.kind}", wanted_by)
+                return None
+            way.append((child, name))
+        return way
+
+    def _mark(self, way: _Way) -> None:
+        """This layer brought what lies on the way, as far as whiteouts are concerned."""
+        self._brought.update((id(above), name) for (above, _), (_, name) in pairwise(way))
+
+    def _parent(self, path: bytes, wanted_by: bytes) -> _Node:
+        way = self._walk(path, wanted_by, make=True)
+        assert way is not None
+        self._mark(way)
+        return way[-1][0]
+
+    def _found(self, path: bytes, wanted_by: bytes) -> _Node | None:
+        way = self._walk(path, wanted_by, make=False)
+        return way[-1][0] if way is not None else None
+
+    def _change_directory(self, entry: TreeEntry) -> bool:
+        """Other attributes for the directory there, or the one that a link there leads to; False without one."""
+        way = self._walk(entry.path, entry.path, make=False)
+        if way is None:
+            return False
+        way[-1][0].entry = entry
+        self._mark(way)
+        return True
 
     def _link_target(self, entry: TreeEntry) -> _Node:
         parent_path, _, name = entry.target.rpartition(b"/")
-        parent = self._find(parent_path) if parent_path else self._root
+        parent = self._found(parent_path, entry.path)
         node = parent.children.get(name) if parent is not None else None
         if node is None or node.entry.kind == "dir":
             raise _refused(f"is a hard link to {_shown(entry.target)}, which is no file here", entry.path)
@@ -207,7 +191,7 @@ class Flattener:
     def _white_out(self, path: bytes, parent_path: bytes, name: bytes) -> None:
         if name != OPAQUE and name.startswith(_RESERVED):
             return  # marks of a union file system that is no more
-        parent = self._find(parent_path) if parent_path else self._root
+        parent = self._found(parent_path, path)
         if name == OPAQUE:
             if parent is not None:
                 self._remove_lower(parent)
@@ -217,7 +201,7 @@ class Flattener:
             raise _refused("is a whiteout of nothing", path)
         if parent is None or gone not in parent.children:
             return
-        if id(parent.children[gone]) not in self._brought:
+        if (id(parent), gone) not in self._brought:
             self._count -= 1 + _names_below(parent.children.pop(gone))
         else:
             self._remove_lower(parent.children[gone])
@@ -228,7 +212,7 @@ class Flattener:
         while pending:
             node = pending.pop()
             for name, child in list(node.children.items()):
-                if id(child) in self._brought:
+                if (id(node), name) in self._brought:
                     pending.append(child)
                 else:
                     self._count -= 1 + _names_below(node.children.pop(name))
