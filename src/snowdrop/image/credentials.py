@@ -68,7 +68,7 @@ def find_credentials(config: Path | None, host: str) -> Credentials | None:
         if host == DOCKER_HUB
         else (host, f"https://{host}", f"https://{host}/v1/", f"https://{host}/v2/")
     )
-    helpers, auths = document.get("credHelpers") or {}, document.get("auths") or {}
+    helpers, auths = document.get("credHelpers", {}), document.get("auths", {})
     if not isinstance(helpers, dict) or not isinstance(auths, dict):
         raise InvalidInputError("is no docker config", where=where)
     for key in keys:
@@ -89,7 +89,9 @@ def _from_entry(entry: dict[str, Any], where: str) -> Credentials | None:
     user, password = str(entry.get("username") or ""), str(entry.get("password") or "")
     if entry.get("auth"):
         try:
-            user, _, password = base64.b64decode(str(entry["auth"])).decode().rstrip("\0").partition(":")
+            user, _, password = (
+                base64.b64decode(str(entry["auth"]), validate=True).decode().rstrip("\0").partition(":")
+            )
         except ValueError as error:
             raise InvalidInputError("`auth` is no base64 of user:password", where=where) from error
     return Credentials(user, password, token) if user or token else None
