@@ -229,6 +229,32 @@ async def test_an_upload_goes_on_while_its_server_is_replaced(tmp_path: Path) ->
     await anyio.sleep(0)
 
 
+async def test_a_client_that_keeps_its_connection_does_not_hold_up_a_stop(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    upstreams = Upstreams()
+    relay = Relay(Carrier(bench.broker, upstreams), request_bytes_max=1 << 20)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "gw.sock"))
+    still_open: list[int] = []
+    server = EdgeServer(
+        build_app(relay, ready=lambda: True),
+        [Listening(socket=listener)],
+        shutdown_s_max=5.0,
+        cut=lambda: still_open.append(len(server._runner.server.connections)),
+    )
+    with listener, anyio.fail_after(WAIT_S_MAX):
+        await server.start()
+        async with await raw_client(bench) as client:
+            await client.send(b"GET /healthz HTTP/1.1\r\nHost: gw\r\n\r\n")
+            await read_until(client, b"true")
+            await server.stop()
+            with pytest.raises(anyio.EndOfStream):
+                await client.receive()
+    assert still_open == [0], "when the time for requests in flight is over"
+    upstreams.close()
+    await anyio.sleep(0)
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> GatewaySettings:
     write(tmp_path, trustme.CA().issue_cert("localhost"))

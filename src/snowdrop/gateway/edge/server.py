@@ -118,9 +118,17 @@ class EdgeServer:
         while server is not None and server.connections and time.monotonic() < began_s + s_max:
             if time.monotonic() >= began_s + linger_s:
                 for connection in server.connections:
-                    if connection._current_request is None:  # noqa: SLF001 -- nothing public tells idle from busy
-                        connection.close()
+                    _close_if_idle(connection)
             await anyio.sleep(DRAIN_TICK_S)
+
+
+def _close_if_idle(connection: web.RequestHandler) -> None:
+    """`close` only ends the wait for the next request: the client stays connected until its transport ends too."""
+    # Nothing public tells idle from busy; the second is true until the answer is written.
+    if connection._current_request is None and not connection._request_in_progress:  # noqa: SLF001
+        connection.close()
+        if connection.transport is not None:
+            connection.transport.close()
 
 
 @asynccontextmanager
