@@ -5,7 +5,7 @@ import time
 import msgspec
 import pytest
 
-from platform_helpers import KEY, NAME, NODE, deployment, node_record, replica_key, report, revision
+from platform_helpers import KEY, NAME, NODE, deployment, node_record, receipt, replica_key, report, revision
 from snowdrop.control.loop import ControlLoop
 from snowdrop.control.recorder import Recorder
 from snowdrop.control.world import NodeEntry
@@ -14,7 +14,9 @@ from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.ids import DEFAULT_TENANT, ReplicaId, RevisionId
 from snowdrop.domain.replica import ReplicaState
 from snowdrop.domain.rollout import Rollout, RolloutPhase, RolloutSpec, RolloutStep
+from snowdrop.domain.scale import ScaleBounds
 from snowdrop.domain.service import Scale
+from snowdrop.policy import restart
 from snowdrop.state.memory import MemoryState
 from snowdrop.wire.codec import Message
 from snowdrop.wire.control import (
@@ -287,3 +289,51 @@ async def test_a_step_that_came_second_does_not_undo_what_somebody_did() -> None
     await bench.ready(1)
     assert (await bench.stored()) == paused
     assert bench.world.deployments[KEY].deployment.deleting
+
+
+async def test_a_new_revision_with_a_bound_of_its_own_takes_over_at_that() -> None:
+    bench = Bench()
+    await bench.start(prove_s=3_600.0)
+    await bench.put(revision_bounds={NEW: ScaleBounds(max=1)})
+    await bench.ready(1)
+    stored = (await bench.stored()).rollout
+    assert stored is not None
+    assert stored.phase is RolloutPhase.PROVING
+
+
+async def test_a_new_revision_in_a_crash_loop_is_tried_once_after_each_pause() -> None:
+    bench = Bench()
+    await bench.start(failures_max=100)
+    for _ in range(restart.FAILURES_MAX):
+        await bench.look()
+        (name,) = bench.started(NEW)
+        bench.hear(name, ReplicaState.FAILED, NEW, error=ErrorBody(kind="user_code", message="boom"))
+        bench.now_s += 10.0
+    await bench.look(2)
+    assert bench.started(NEW) == [], "the pause is not over"
+    bench.now_s += restart.PROBE_S_FIRST
+    await bench.look(3)
+    assert len(bench.started(NEW)) == 1
+    assert bench.draining(OLD) == []
+
+
+async def test_a_crash_loop_stays_one_over_a_restart_of_control() -> None:
+    bench = Bench()
+    await bench.state.put_revision(revision(OLD, scale=SCALE))
+    await bench.state.put_deployment(deployment(), expected_generation=0)
+    now = time.time_ns()
+    outcomes = ["ready", "failed: boom", "failed: its agent is gone", "stopped: drained", *["failed: boom"] * 3]
+    for number, outcome in enumerate(outcomes):
+        error = ErrorBody(kind="user_code", message="boom", where="startup")
+        ended = receipt(f"rep-{number}", outcome=outcome, started=now - 10 + number, ready=now, error=error)
+        await bench.state.put_receipt(ended)
+    bench.live()
+    await bench.loop.load()
+    entry = bench.world.deployments[KEY]
+    assert (entry.starts.failures, entry.starts.reason) == (4, "boom [startup]")
+    await bench.look(2)
+    assert bench.sent == [], "nothing is spent on it again"
+    assert entry.health == "crash-looping"
+    bench.now_s += restart.PROBE_S_FIRST + 1.0
+    await bench.look()
+    assert len(bench.started(OLD)) == 1

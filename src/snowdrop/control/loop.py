@@ -12,7 +12,7 @@ import msgspec
 
 from snowdrop.control import rollouts, scaling
 from snowdrop.control.ending import LOST_REASON, ended_report, lost_report
-from snowdrop.control.receipts import receipt_of
+from snowdrop.control.receipts import failed_starts, failure_of, receipt_of
 from snowdrop.control.reconcile import Order, iterate, next_look_s
 from snowdrop.control.recorder import Recorder
 from snowdrop.control.routes import deployment_route
@@ -351,13 +351,20 @@ class ControlLoop:
         self.recorder.add(f"{len(report.waits)} waits told by {report.gateway}", write)
 
     async def _restore_scaling(self, entry: DeploymentEntry) -> None:
-        """What an earlier life of control learned: start-up times from receipts, the rest as it was kept."""
+        """What an earlier life of control learned: start-up times and failed starts from receipts, the rest as it
+        was kept.
+        """
         key = (entry.deployment.tenant, entry.deployment.name)
         receipts = await self.state.list_receipts(*key, limit=STARTS_KEPT)
         since_unix_ns = entry.deployment.created_unix_ns  # one of that name may have been deleted before
-        ended_well = [r for r in reversed(receipts) if r.outcome == "ready" and r.started_unix_ns >= since_unix_ns]
+        recent = [r for r in receipts if r.started_unix_ns >= since_unix_ns]
+        ended_well = [r for r in reversed(recent) if r.outcome == "ready"]
         starts_s = [(r.ready_unix_ns - r.started_unix_ns) / 1e9 for r in ended_well]
         scaling.restore(entry, await self.state.scaling.get_learned(*key), starts_s)
+        failed = partial(failed_starts, recent, now_s=self._clock(), now_unix_ns=time.time_ns())
+        entry.starts = failed(entry.revision.id)
+        if entry.rival is not None:
+            entry.rival_starts = failed(entry.rival.id)
 
     def _record(self, report: ReplicaReport, ordered_unix_ns: int) -> None:
         state = self.state
@@ -377,9 +384,8 @@ class ControlLoop:
         if report.reason == LOST_REASON:
             return
         ready_s = now_s - entry.ready_s if entry.ready_s is not None else None
-        reason = report.error.message if report.error is not None else report.reason
-        where = f" [{report.error.where}]" if report.error is not None and report.error.where else ""
-        failed = partial(restart.after_failure, reason=reason + where, ready_s=ready_s, now_s=now_s)
+        reason = failure_of(report.error, report.reason)
+        failed = partial(restart.after_failure, reason=reason, ready_s=ready_s, now_s=now_s)
         if entry.revision == deployment.revision.id:
             deployment.starts = failed(deployment.starts)
         elif deployment.rival is not None and entry.revision == deployment.rival.id:

@@ -100,8 +100,13 @@ def targets(
         if shares.stable == 0:
             return shares.candidate, None  # it goes as every older revision does: when a new replica is ready
         return shares.candidate, reconcile.Rival(revision=entry.rival.id, desired=shares.stable, may_start=False)
-    may_start = isinstance(verdict, restart.MayStart)
-    return shares.stable, reconcile.Rival(revision=entry.rival.id, desired=shares.candidate, may_start=may_start)
+    starting, living = _starting(world, key, entry.rival.id)
+    most = restart.starts_max(verdict, starting=starting, now_s=now_s)
+    wanted = shares.candidate if most is None else min(shares.candidate, living + most)
+    may_start = most is None or most > 0
+    # What it has stays: a start that is not tried now is no reason to drain one that serves.
+    desired_rival = wanted if may_start else shares.candidate
+    return shares.stable, reconcile.Rival(revision=entry.rival.id, desired=desired_rival, may_start=may_start)
 
 
 def weights(world: World, key: DeploymentKey) -> tuple[RevisionWeight, ...]:
@@ -169,6 +174,7 @@ def _seen(world: World, key: DeploymentKey, active: Rollout, desired: int, now_u
     living = [replica for _, replica in world.replicas_of(key) if not replica.draining]
     ours = [replica for replica in living if replica.revision == active.candidate]
     new, old = samples(world, key, active)
+    bounds = entry.deployment.revision_bounds.get(active.candidate)
     return RolloutInput(
         now_unix_ns=now_unix_ns,
         desired=desired,
@@ -178,9 +184,16 @@ def _seen(world: World, key: DeploymentKey, active: Rollout, desired: int, now_u
         failures=starts.failures,
         failure_reason=starts.reason,
         no_room=entry.rival_no_room,
+        candidate_max=bounds.max if bounds is not None else None,
         new=new,
         old=old,
     )
+
+
+def _starting(world: World, key: DeploymentKey, revision: RevisionId) -> tuple[int, int]:
+    """Of a revision's replicas that are not draining: how many are on their way, and how many there are."""
+    ours = [r for _, r in world.replicas_of(key) if not r.draining and r.revision == revision]
+    return sum(1 for replica in ours if replica.state in STARTING_STATES), len(ours)
 
 
 def _ready(world: World, key: DeploymentKey, revision: RevisionId) -> int:

@@ -25,7 +25,8 @@ SLOW_SHARE_MAX = 0.10
 class RolloutInput(msgspec.Struct, frozen=True, kw_only=True):
     """What is seen now. `old` is all that is known of the old revision, `new` what came since the step began.
 
-    `failures` counts failed starts of the new one in a row; `no_room` says that a start of it was not placed.
+    `failures` counts failed starts of the new one in a row; `no_room` says that a start of it was not placed;
+    `candidate_max` is the bound that somebody set for it alone.
     """
 
     now_unix_ns: int
@@ -36,6 +37,7 @@ class RolloutInput(msgspec.Struct, frozen=True, kw_only=True):
     failures: int = 0
     failure_reason: str = ""
     no_room: bool = False
+    candidate_max: int | None = None
     new: Sample = Sample()
     old: Sample = Sample()
 
@@ -202,7 +204,8 @@ def _start(rollout: Rollout, seen: RolloutInput) -> Rollout:
 def _shift(rollout: Rollout, seen: RolloutInput) -> Rollout:
     steps = rollout.spec.steps
     if rollout.step >= len(steps):
-        enough = seen.candidate_ready >= max(1, seen.desired)
+        most = seen.desired if seen.candidate_max is None else min(seen.desired, seen.candidate_max)
+        enough = seen.candidate_ready >= max(1, most)
         squeezed = seen.no_room and seen.candidate_ready >= 1 and seen.candidate_starting == 0
         if enough or squeezed:
             return _shifted(rollout, seen, "the new revision is ready for all traffic")
