@@ -234,6 +234,21 @@ async def test_a_steps_answers_count_over_a_restart_of_control_and_those_of_befo
     assert going_on.step == 2, "those of before the restart count"
 
 
+async def test_no_step_is_taken_before_gateways_have_said_what_came_of_the_last() -> None:
+    bench = Bench()
+    await bench.start(steps=(RolloutStep(weight=0.25, s=3_600.0), RolloutStep(weight=0.5, hold=True)))
+    await bench.ready(1)
+    active = (await bench.stored()).rollout
+    assert active is not None
+    bench.world.told.clear()
+    await bench.put(rollout=msgspec.structs.replace(active, step_unix_ns=1))
+    await bench.look(2)
+    assert bench.weights()[NEW] == 0.25
+    bench.answers(1)
+    await bench.look(2)
+    assert bench.weights()[NEW] == 0.5
+
+
 async def test_a_gateway_that_forgot_a_revision_counts_from_zero() -> None:
     bench = Bench()
     await bench.start(steps=(RolloutStep(weight=0.25, s=0.0, requests_min=5), RolloutStep(weight=0.5, hold=True)))
@@ -322,7 +337,14 @@ async def test_a_crash_loop_stays_one_over_a_restart_of_control() -> None:
     await bench.state.put_revision(revision(OLD, scale=SCALE))
     await bench.state.put_deployment(deployment(), expected_generation=0)
     now = time.time_ns()
-    outcomes = ["ready", "failed: boom", "failed: its agent is gone", "stopped: drained", *["failed: boom"] * 3]
+    outcomes = [
+        "failed: of long ago",
+        "ready",
+        "failed: boom",
+        "failed: its agent is gone",
+        "stopped: drained",
+        *["failed: boom"] * 3,
+    ]
     for number, outcome in enumerate(outcomes):
         error = ErrorBody(kind="user_code", message="boom", where="startup")
         ended = receipt(f"rep-{number}", outcome=outcome, started=now - 10 + number, ready=now, error=error)
