@@ -124,9 +124,17 @@ class Platform:
         found: list[dict[str, Any]] = self.describe(name)["replicas"]
         return found
 
-    def receipts(self, name: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.ask(list[Receipt], "receipts", deployment=name, limit=20)
-        return found
+    def receipts(self, name: str, *, at_least: int = 0) -> list[dict[str, Any]]:
+        """Newest first, once `at_least` are written: an answer may be there before its replica's receipt."""
+
+        def found() -> list[dict[str, Any]] | None:
+            made: list[dict[str, Any]] = self.ask(list[Receipt], "receipts", deployment=name, limit=20)
+            return made if len(made) >= at_least else None
+
+        if not at_least:
+            return found() or []
+        written: list[dict[str, Any]] = wait_until(found, f"{at_least} receipts of {name}")
+        return written
 
     def pids(self) -> dict[str, int]:
         found: dict[str, int] = json.loads((self.run_folder / "platform.json").read_text())["pids"]

@@ -127,7 +127,7 @@ async def test_a_websocket_and_an_eventsource_from_zero_and_no_scale_down_under_
     async with websockets.asyncio.client.connect(address, open_timeout=60, proxy=None) as client:
         await client.send("abc")
         assert await client.recv() == "cba"
-        assert edge.view("sock")["in_flight"] == 1
+        wait_until(lambda: edge.view("sock")["in_flight"] == 1, "control has heard of it")
         # What a browser's EventSource sends when it reconnects.
         headers = {
             "accept": "text/event-stream",

@@ -38,7 +38,7 @@ async def test_control_killed_the_gateway_serves_on_and_replicas_are_adopted(own
         wait_until(lambda: platform.pids()["control"] != old, "control is started again")
         wait_until(lambda: _replica_ids(platform, "steady") == [before["key"]["replica"]], "it is adopted")
         assert await echo(http, platform.url, "steady") == first
-    assert platform.view("steady")["ready"] == 1
+    wait_until(lambda: platform.view("steady")["ready"] == 1, "it counts")
     # And it still scales: to zero, and up again.
     platform.run("scale", "steady", "--idle-s", "0.5")
     wait_until(lambda: platform.view("steady")["ready"] == 0, "it goes to zero")
@@ -287,6 +287,7 @@ async def test_everything_killed_and_up_again() -> None:
         platform.deploy("basic.py:Echo", "phoenix")
         async with session() as http:
             await echo(http, platform.url, "phoenix")
+        kept = {receipt["id"] for receipt in platform.receipts("phoenix", at_least=1)}
         record = json.loads((state / "run" / "platform.json").read_text())
         for pid in (record["supervisor_pid"], *record["pids"].values()):
             os.kill(pid, signal.SIGKILL)
@@ -294,7 +295,7 @@ async def test_everything_killed_and_up_again() -> None:
         platform.up()
         async with session() as http:
             await echo(http, platform.url, "phoenix")
-        assert len(platform.receipts("phoenix")) == 2
+        assert kept < {receipt["id"] for receipt in platform.receipts("phoenix", at_least=2)}
 
 
 async def test_a_redeploy_with_more_concurrency_does_not_overfill_the_old_replica(platform: Platform) -> None:

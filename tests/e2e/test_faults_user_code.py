@@ -57,7 +57,7 @@ async def test_scale_gives_a_failing_revision_another_chance(platform: Platform)
     platform.run("scale", "retried", "--max", "1")
     assert platform.view("retried")["health"] != "crash-looping"
     await refused(platform, "retried")
-    assert len(platform.receipts("retried")) == 8
+    assert len(platform.receipts("retried", at_least=8)) == 8
 
 
 async def test_a_request_that_raises_leaves_the_replica_serving(platform: Platform) -> None:
@@ -71,7 +71,7 @@ async def test_a_request_that_raises_leaves_the_replica_serving(platform: Platfo
             assert error["request_id"] == answer.headers["x-request-id"]
         async with http.post(f"{platform.url}/raiser/echo", json={"text": "still here"}) as answer:
             assert (await answer.json())["text"] == "still here"
-    assert len(platform.receipts("raiser")) == 1
+    assert len(platform.receipts("raiser", at_least=1)) == 1
 
 
 async def test_a_replica_that_dies_before_it_answers(platform: Platform) -> None:
@@ -84,7 +84,7 @@ async def test_a_replica_that_dies_before_it_answers(platform: Platform) -> None
             assert error["retryable"] is True
         async with http.post(f"{platform.url}/dier/echo", json={"text": "next"}) as answer:
             assert answer.status == 200
-    assert len(platform.receipts("dier")) == 2
+    assert len(platform.receipts("dier", at_least=2)) == 2
 
 
 async def test_a_replica_that_dies_in_the_middle_of_an_answer(platform: Platform) -> None:
