@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import aiohttp
 import anyio
@@ -14,6 +16,7 @@ from e2e_platform import WAIT_S_MAX, Platform, session, short_folder, wait_until
 pytestmark = pytest.mark.anyio
 READ_S_MAX = 1.2
 """Far below the start: whoever hears nothing for so long gives up."""
+LONG_READ_S_MAX, LONG_S_MAX = 10.0, 90.0
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,33 @@ def sleepy() -> Iterator[Platform]:
     with short_folder() as state, Platform(state, "--workers", "2") as platform:
         platform.deploy("sleepy.py", "sleepy")
         yield platform
+
+
+async def read_slow_start(platform: Platform, read_s_max: float, accept: str) -> tuple[int, str]:
+    timeout = aiohttp.ClientTimeout(total=LONG_S_MAX, sock_read=read_s_max)
+    async with (
+        aiohttp.ClientSession(timeout=timeout, headers={"accept": accept}) as http,
+        http.get(f"{platform.url}/slowstart/count?to=3") as answer,
+    ):
+        return answer.status, await answer.text()
+
+
+async def call_slow_start(platform: Platform) -> list[tuple[int, str] | BaseException]:
+    """A stream and a plain request that give up after 10 s of silence, and a plain one that is patient."""
+    return await asyncio.gather(
+        read_slow_start(platform, LONG_READ_S_MAX, "text/event-stream"),
+        read_slow_start(platform, LONG_READ_S_MAX, "*/*"),
+        read_slow_start(platform, LONG_S_MAX, "*/*"),
+        return_exceptions=True,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slow_start(sleepy: Platform) -> Iterator[Future[list[tuple[int, str] | BaseException]]]:
+    """What its callers got; it starts for half a minute beside the other tests here, which share the wait."""
+    sleepy.deploy("slow_start.py", "slowstart")
+    with ThreadPoolExecutor(1) as threads:
+        yield threads.submit(lambda: asyncio.run(call_slow_start(sleepy)))
 
 
 def at_zero(platform: Platform) -> bool:
@@ -95,3 +125,21 @@ async def test_whoever_comes_back_when_told_gets_in(sleepy: Platform) -> None:
     assert all(got[-1] == 200 for got in statuses)
     assert sum(got[0] == 200 for got in statuses) == 2, "the queue's bound holds over all workers"
     assert sum(len(got) for got in statuses) <= 8 * 2 + 4, "nearly all get in the first time they come back"
+
+
+def test_a_stream_with_a_read_timeout_of_10_s_survives_a_start_of_30_s(
+    sleepy: Platform, slow_start: Future[list[tuple[int, str] | BaseException]]
+) -> None:
+    """True figures, and the platform's own settings. Who gives up beside it takes nobody along."""
+    stream, impatient, patient = slow_start.result(LONG_S_MAX)
+    assert isinstance(impatient, TimeoutError), "the start was not longer than the timeout"
+    assert not isinstance(stream, BaseException), stream
+    assert not isinstance(patient, BaseException), patient
+    parts = stream[1].strip().split("\n\n")
+    assert (stream[0], patient[0]) == (200, 200)
+    assert [json.loads(part[len("data: ") :]) for part in parts if part[0] != ":"] == [0, 1, 2]
+    assert sum("phase=startup" in part for part in parts) > 1
+    wait_until(lambda: sleepy.receipts("slowstart"), "its receipt is stored")
+    (receipt,) = sleepy.receipts("slowstart")
+    (startup,) = [span for span in receipt["spans"] if span["name"] == "startup"]
+    assert startup["end_unix_ns"] - startup["start_unix_ns"] >= 30 * 10**9

@@ -13,6 +13,7 @@ import anyio
 from aiohttp import web
 
 from snowdrop.agent.api import build_agent_api
+from snowdrop.agent.bytecode import keep_bytecode
 from snowdrop.agent.content import DataPlaneKeeper
 from snowdrop.agent.context import NodeContext
 from snowdrop.agent.dataplane.client import DataPlane, raise_descriptor_limit
@@ -56,7 +57,6 @@ async def run_agent(
     raise_descriptor_limit()
     agent = settings.agent
     limits, launcher = _isolation(layout, agent)
-    _sweep_sockets(layout.sockets)
     tracing = open_tracing(settings.tracing)
     journal = UsageJournal(layout.journal, NodeId(agent.node))
     node = Node(journal, usage_tick_s=agent.usage_tick_s)
@@ -92,6 +92,7 @@ async def run_agent(
             node.bind(context, background)
             background.start_soon(link.run, node)
             background.start_soon(mounts.restore)
+            background.start_soon(keep_bytecode, context.python)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(until_stopped, tasks.cancel_scope)
                 tasks.start_soon(node.meter)
@@ -116,7 +117,8 @@ def _api(
 
 
 def _isolation(layout: StateLayout, agent: AgentSettings) -> tuple[LimitBackend, Launcher]:
-    """How replicas are bounded and confined, under names and uids of this platform alone."""
+    """How replicas are bounded and confined, under names and uids of this platform alone. No socket is left."""
+    _sweep_sockets(layout.sockets)
     # Of the whole path: another platform on this machine must not be taken for an earlier life of this one.
     place = hashlib.sha256(str(layout.root).encode()).hexdigest()
     limits = detect_limits(f"{agent.node}-{place[:12]}")

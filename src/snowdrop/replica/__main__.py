@@ -5,7 +5,7 @@ Imports little before it has told the agent that it lives; everything else it ne
 
 from __future__ import annotations
 
-import argparse
+import gc
 import io
 import os
 import socket
@@ -19,12 +19,16 @@ from snowdrop.wire.codec import check_version
 from snowdrop.wire.packet import PacketChannel
 from snowdrop.wire.replica import TO_REPLICA, Boot, Booted, StageFailed, ToReplica
 
+EXIT_USAGE = 2
+
 
 def main(argv: list[str]) -> int:
     """Runs one replica over the packet socket given by `--fd`. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="snowdrop.replica")
-    parser.add_argument("--fd", type=int, required=True, help="packet socket to the agent")
-    return serve(socket.socket(fileno=parser.parse_args(argv).fd))
+    # Not argparse, whose import a cold start would wait for: only the agent calls this.
+    if len(argv) != 2 or argv[0] != "--fd" or not argv[1].isdecimal():
+        print("usage: python -m snowdrop.replica --fd N, the packet socket to the agent", file=sys.stderr)
+        return EXIT_USAGE
+    return serve(socket.socket(fileno=int(argv[1])))
 
 
 def serve(sock: socket.socket) -> int:
@@ -50,8 +54,11 @@ def serve(sock: socket.socket) -> int:
     link = AgentLink(sock, channel)
     link.start()
 
+    gc.disable()  # imports make next to no garbage, but much that would be looked through again and again
     from snowdrop.replica import runtime  # noqa: PLC0415 -- heavy: the agent has heard of us first
 
+    gc.enable()
+    gc.freeze()
     runtime.apply_environment(boot)
     return runtime.run(link, boot, fds, booted_unix_ns)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl
 
 import anyio
@@ -30,7 +30,9 @@ from snowdrop.replica.gate import Gate
 from snowdrop.replica.openai import Asked, BodyDecoder, respond
 from snowdrop.replica.servable import Receive, Scope, Send
 from snowdrop.replica.userfault import request_error
-from snowdrop.weights.loaded import LoadedModel
+
+if TYPE_CHECKING:
+    from snowdrop.weights.loaded import LoadedModel
 
 OPENAPI_PATH = "/-/openapi.json"
 STATS_PATH = "/-/stats"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
@@ -17,7 +17,9 @@ from snowdrop.replica.bounded import BoundedServable
 from snowdrop.replica.callcontext import context_of
 from snowdrop.replica.servable import AsgiMessage, Receive, Scope, Send
 from snowdrop.replica.userfault import UserRaised
-from snowdrop.weights.loaded import LoadedModel
+
+if TYPE_CHECKING:
+    from snowdrop.weights.loaded import LoadedModel
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 SHUTDOWN_S_MAX = 60.0

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import aiohttp
 import anyio
@@ -27,7 +28,9 @@ from snowdrop.replica import command_entry
 from snowdrop.replica.bounded import BoundedServable
 from snowdrop.replica.forward import forward_http, forward_websocket, open_session
 from snowdrop.replica.servable import Receive, Scope, Send
-from snowdrop.weights.loaded import LoadedModel
+
+if TYPE_CHECKING:
+    from snowdrop.weights.loaded import LoadedModel
 
 HOST = "127.0.0.1"
 PROBE_S_MAX = 10.0

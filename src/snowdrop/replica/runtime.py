@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
@@ -47,8 +48,10 @@ from snowdrop.replica.stages import (
 )
 from snowdrop.replica.tracing import SpanTeller, Traced
 from snowdrop.replica.userfault import UserRaised, stage_error
-from snowdrop.weights.loaded import LoadedModel
 from snowdrop.wire.replica import Boot, Drain, Drained, Imported, ModelHandle, Ready, StageFailed
+
+if TYPE_CHECKING:
+    from snowdrop.weights.loaded import LoadedModel
 
 EVENTS_MAX = 64
 DRAIN_GRACE_S = 0.2
@@ -225,6 +228,9 @@ class Runtime:
         return StageRaised(error=stage_error(error, stage, Path(self._boot.code_directory)).body())
 
     def _load(self, handle: ModelHandle) -> LoadedModel:
+        # Here, for a service without models starts sooner without what loads them.
+        from snowdrop.weights.loaded import LoadedModel  # noqa: PLC0415
+
         s_max = self._boot.spec.startup_s_max
         model = LoadedModel.from_handle(
             handle,

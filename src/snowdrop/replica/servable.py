@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from snowdrop.domain.errors import SnowdropError
-from snowdrop.weights.loaded import LoadedModel
+
+if TYPE_CHECKING:
+    from snowdrop.weights.loaded import LoadedModel
 
 Scope = MutableMapping[str, Any]
 AsgiMessage = MutableMapping[str, Any]

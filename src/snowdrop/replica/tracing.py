@@ -7,13 +7,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from random import Random
+from typing import TYPE_CHECKING
 
 from snowdrop.domain.errors import SnowdropError
 from snowdrop.domain.trace import CURRENT_TRACE, TraceContext, TraceSpan, begin_trace
 from snowdrop.replica.servable import AsgiMessage, Receive, Scope, Send, Servable
-from snowdrop.weights.loaded import LoadedModel
 from snowdrop.wire.codec import Message
 from snowdrop.wire.replica import SPANS_MAX, SpansDone
+
+if TYPE_CHECKING:
+    from snowdrop.weights.loaded import LoadedModel
 
 TELL_S = 0.5
 """How long spans are gathered before they are told."""
