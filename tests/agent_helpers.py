@@ -18,6 +18,7 @@ from snowdrop.agent.dataplane.client import EnsuredArea, EnsuredContent
 from snowdrop.agent.mounts import ModelMounts
 from snowdrop.agent.runner import ReplicaRunner
 from snowdrop.agent.sandbox.launcher import ExitStatus, LaunchSpec, Mount
+from snowdrop.agent.turns import Turns
 from snowdrop.domain.deployment import BoundModel
 from snowdrop.domain.ids import Digest, ModelName, TenantId
 from snowdrop.domain.manifest import ArtefactRef
@@ -268,6 +269,7 @@ class Bench:
             volumes=folder / "volumes",
             settings=AgentSettings(**settings),
             on_change=self._changed,
+            turns=Turns(64),
         )
 
     async def _data_plane(self) -> FakeDataPlane:

@@ -28,6 +28,7 @@ from snowdrop.agent.sandbox.environment import Environment
 from snowdrop.agent.sandbox.launcher import Launcher
 from snowdrop.agent.sandbox.limits import LimitBackend
 from snowdrop.agent.sandbox.unsafe import PlainLauncher
+from snowdrop.agent.turns import Turns
 from snowdrop.content.settings import DataPlaneSettings
 from snowdrop.domain.deployment import NodeRecord
 from snowdrop.domain.ids import NodeId, fresh_id
@@ -81,6 +82,7 @@ async def run_agent(
         volumes=layout.volumes,
         settings=agent,
         on_change=node.on_change,
+        turns=Turns(agent.launches_max),
         tracing=tracing,
     )
     sockets = (str(layout.link_socket), str(layout.agent_socket))

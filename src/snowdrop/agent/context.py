@@ -10,6 +10,7 @@ import msgspec
 from snowdrop.agent.dataplane.client import DataPlane
 from snowdrop.agent.mounts import ModelMounts
 from snowdrop.agent.sandbox.launcher import Launcher
+from snowdrop.agent.turns import Turns
 from snowdrop.domain.ids import NodeId
 from snowdrop.domain.replica import ReplicaKey, ReplicaReport
 from snowdrop.domain.settings import AgentSettings
@@ -33,6 +34,7 @@ class NodeContext(msgspec.Struct, frozen=True, kw_only=True):
     volumes: Path
     settings: AgentSettings
     on_change: Callable[[ReplicaReport], None]
+    turns: Turns
     tracing: Tracing = NoTracing()
 
     @property

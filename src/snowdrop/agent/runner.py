@@ -42,6 +42,8 @@ log = logging.getLogger("snowdrop.agent")
 EVENTS_MAX = 64
 KILL_GRACE_S = 5.0
 """How long after its own drain bound a replica may take to say so before it is killed."""
+TURN_SHOWN_NS = 1_000_000
+"""Shorter waits for a turn are not worth a line of a receipt."""
 
 
 class Happened(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +73,7 @@ class ReplicaRunner:
         self._error: ErrorBody | None = None
         self._started_unix_ns = time.time_ns()
         self._launched_unix_ns = 0
+        self._turn = 0
         self._ended_unix_ns = 0
         self._drain_s_max = order.revision.spec.drain_s_max
         self._entered_s = time.monotonic()
@@ -139,9 +142,10 @@ class ReplicaRunner:
     async def _next(self) -> Happened:
         """The next event, or BOUND_EXCEEDED when the state's time is over."""
         name, bound_s = self._bound()
-        left_s = self._entered_s + bound_s - time.monotonic()
-        with anyio.move_on_after(max(0.0, left_s) if bound_s < math.inf else None):
-            return await self._events.receive()
+        # Again if the time began anew meanwhile: a replica that waits for its turn has not begun to start.
+        while (left_s := self._entered_s + bound_s - time.monotonic()) > 0:
+            with anyio.move_on_after(left_s if bound_s < math.inf else None):
+                return await self._events.receive()
         error = TimedOutError(
             f"replica was {self._machine.state} for more than {bound_s:g} s",
             where=f"{name}={bound_s:g}",
@@ -235,15 +239,32 @@ class ReplicaRunner:
         self._spans.append(
             Span(name="mount", start_unix_ns=self._started_unix_ns, end_unix_ns=self._launched_unix_ns)
         )
+        await self._take_turn()
         try:
             await self._sandboxed.launch()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._sandboxed.keep_log)
+                tasks.start_soon(self._read)
+                tasks.start_soon(self._wait_exit)
         except SnowdropError as error:
             self._post(Happened(event=Event.LAUNCH_FAILED, reason=str(error), error=error.body()))
-            return
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._sandboxed.keep_log)
-            tasks.start_soon(self._read)
-            tasks.start_soon(self._wait_exit)
+        finally:
+            self._context.turns.give_back(self._turn)
+
+    async def _take_turn(self) -> None:
+        self._turn = await self._context.turns.take()
+        now_unix_ns = time.time_ns()
+        if now_unix_ns - self._launched_unix_ns > TURN_SHOWN_NS:
+            self._spans.append(
+                Span(
+                    name="turn",
+                    start_unix_ns=self._launched_unix_ns,
+                    end_unix_ns=now_unix_ns,
+                    parent="start",
+                    note="others began",
+                )
+            )
+        self._entered_s = time.monotonic()
 
     async def _read(self) -> None:
         async with anyio.create_task_group() as tasks:
@@ -255,6 +276,7 @@ class ReplicaRunner:
             start = Span(name="start", start_unix_ns=self._launched_unix_ns, end_unix_ns=message.unix_ns)
             self._spans.append(start)
         elif isinstance(message, Imported):
+            self._context.turns.give_back(self._turn)
             self._spans.extend(message.spans)
             self._post(Happened(event=Event.IMPORTED, reason="imports are done"))
         elif isinstance(message, Ready):

@@ -13,6 +13,7 @@ from snowdrop.domain.origin import OriginOptions
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+Launches = Annotated[int, msgspec.Meta(ge=0, le=1_024)]
 Workers = Annotated[int, msgspec.Meta(ge=1, le=64)]
 Bytes = Annotated[int, msgspec.Meta(ge=0)]
 SomeBytes = Annotated[int, msgspec.Meta(ge=1)]
@@ -77,7 +78,8 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     `volumes_read_only` and `volumes_writable` are directories of the host that services may mount, joined by
     colons; what lies in them is shared with every tenant. `bwrap` is the path of bubblewrap; empty means the one
-    that is installed with Snowdrop.
+    that is installed with Snowdrop. Of replicas that start at once, `launches_max` make their sandboxes and import
+    at a time; 0 is as many as there are processors.
     """
 
     node: NodeName = "node-0"
@@ -92,6 +94,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     volumes_read_only: str = ""
     volumes_writable: str = ""
     stop_s_max: Bound = 10.0
+    launches_max: Launches = 0
 
 
 class ContentSettings(msgspec.Struct, frozen=True, kw_only=True):
