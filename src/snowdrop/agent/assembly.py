@@ -85,8 +85,7 @@ async def run_agent(
         turns=Turns(agent.launches_max),
         tracing=tracing,
     )
-    sockets = (str(layout.link_socket), str(layout.agent_socket))
-    link = AgentLink(*sockets, node_record(agent, launcher), fresh_id("inc"))
+    link = _link(layout, agent, launcher)
     api = _api(layout, agent, keeper, node, mounts)
     try:
         async with serving_unix(api, layout.agent_socket), anyio.create_task_group() as background:
@@ -116,6 +115,11 @@ def _api(
     add_mount_routes(api, mounts)
     add_metrics_route(api, agent.node, keeper.current, node.reports)
     return api
+
+
+def _link(layout: StateLayout, agent: AgentSettings, launcher: Launcher) -> AgentLink:
+    sockets = (str(layout.link_socket), str(layout.agent_socket))
+    return AgentLink(*sockets, node_record(agent, launcher), fresh_id("inc"))
 
 
 def _isolation(layout: StateLayout, agent: AgentSettings) -> tuple[LimitBackend, Launcher]:
