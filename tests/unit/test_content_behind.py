@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from content_helpers import noise, push, safetensors_bytes, small_pool
+from descriptors import open_descriptors
 from snowdrop.content.area import Area
 from snowdrop.content.behind import BLOCK_BYTES_MAX, plan_blocks
 from snowdrop.content.diskio import DiskIo
@@ -311,7 +312,7 @@ def test_a_proof_holds_for_untouched_files_only(model: Model, damage: str) -> No
 
 
 def open_files() -> list[Path]:
-    return list(Path("/proc/self/fd").iterdir())
+    return [Path("/proc/self/fd", number) for number in open_descriptors()]
 
 
 def test_descriptors_are_bounded_and_none_is_left_open(model: Model) -> None:
@@ -323,7 +324,7 @@ def test_descriptors_are_bounded_and_none_is_left_open(model: Model) -> None:
         again.read(0, 1, data)
     assert len(open_files()) <= before + 1
     again.close()
-    assert len(open_files()) == before
+    assert len(open_files()) <= before
     with pytest.raises(UnavailableError):
         again.read(0, 1, data)
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from descriptors import open_descriptors
 from platform_helpers import report, revision, route, usage
 from snowdrop.domain.errors import ErrorBody, ProtocolError
 from snowdrop.domain.ids import DeploymentName
@@ -156,7 +157,7 @@ async def test_a_peer_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyP
 
 
 def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    return len(open_descriptors())
 
 
 @pytest.mark.parametrize("count", [0, 1, PACKET_FDS_MAX])
@@ -177,7 +178,7 @@ def test_descriptors_travel_and_none_is_left(count: int) -> None:
     with pytest.raises(EOFError):
         receiver.receive_blocking()
     receiver.close()
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 def test_packets_above_a_bound_are_not_sent() -> None:
@@ -205,7 +206,7 @@ async def test_a_packet_that_was_cut_short_leaks_no_descriptor(monkeypatch: pyte
     sender.close()
     receiver.close()
     await anyio.lowlevel.checkpoint()
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 def test_an_undecodable_packet_leaks_no_descriptor() -> None:
@@ -219,4 +220,4 @@ def test_an_undecodable_packet_leaks_no_descriptor() -> None:
     os.close(fd)
     left.close()
     receiver.close()
-    assert open_fds() == before
+    assert open_fds() <= before
