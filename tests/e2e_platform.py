@@ -146,6 +146,18 @@ class Platform:
         os.kill(pid, signal.SIGKILL)
         return pid
 
+    def kill_agent(self) -> None:
+        """kill -9 of the agent; returns when the next one answers."""
+        old = self.kill("agent")
+
+        def answers() -> bool:
+            try:
+                return self.pids()["agent"] != old and bool(self.run("store", "stats"))
+            except CommandError:
+                return False
+
+        wait_until(answers, "the agent is started again")
+
     def delete_all(self) -> None:
         for name in sorted(self._deployed):
             try:

@@ -62,7 +62,7 @@ async def test_a_model_is_mounted_for_a_person_until_unmounted(own_platform: Pla
     assert [entry["directory"] for entry in own_platform.run("model", "mounts")] == [str(at)]
     assert sums(at) == EXPECTED
 
-    own_platform.kill("agent")
+    own_platform.kill_agent()
 
     def is_mounted_again() -> bool:
         try:

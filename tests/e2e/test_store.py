@@ -76,7 +76,7 @@ def test_pins_outlive_the_data_plane_and_wrong_copies_are_mended(own_platform: P
     node = platform.run("store", "stats")["node"]
     assert (node["quarantined"], node["replaced"], node["pinned"]) == (1, 1, 1)
 
-    platform.kill("agent")
+    platform.kill_agent()
     wait_until(lambda: platform.run("store", "stats")["node"]["pinned"] == 1, "the pin is there again")
     platform.run("model", "rm", "m")
     assert platform.run("store", "gc", "--grace-s", "0")["node"]["evicted"] == []

@@ -34,7 +34,8 @@ class Echo:
         return f"{self.name}: {text}, VERSION"
 """
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started from has set
 from pathlib import Path
 from snowdrop.sdk.dev import run_dev
 run_dev(Path(sys.argv[1]), None, "127.0.0.1", int(sys.argv[2]), {"tiny": Path(sys.argv[3])}, True)
