@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from snowdrop.agent.runner import ReplicaRunner
 from snowdrop.agent.sandbox.launcher import ExitStatus, LaunchSpec, Mount
 from snowdrop.agent.turns import Turns
 from snowdrop.domain.deployment import BoundModel
+from snowdrop.domain.errors import PlatformDownError
 from snowdrop.domain.ids import Digest, ModelName, TenantId
 from snowdrop.domain.manifest import ArtefactRef
 from snowdrop.domain.receipt import ContentBytes, Span
@@ -178,11 +180,12 @@ class FakeLauncher:
 
 
 class FakeDataPlane:
-    """Has every artefact. `errors` and `gates` are by manifest."""
+    """Has every artefact. `errors`, `deaths` (how many calls find it gone) and `gates` are by manifest."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.errors: dict[Digest, Exception] = {}
+        self.deaths: Counter[Digest] = Counter()
         self.gates: dict[Digest, anyio.Event] = {}
         self.directory_error: Exception | None = None
         self.filled_errors: list[Exception] = []
@@ -206,6 +209,9 @@ class FakeDataPlane:
         await anyio.lowlevel.checkpoint()
         if manifest in self.gates:
             await self.gates[manifest].wait()
+        if self.deaths[manifest] > 0:
+            self.deaths[manifest] -= 1
+            raise PlatformDownError("the node's data plane is gone")
         if manifest in self.errors:
             raise self.errors[manifest]
         self.after_ensure()

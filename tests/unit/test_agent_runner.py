@@ -463,6 +463,20 @@ class TestStreaming:
             replica.end(0)
         assert [each for each in bench.plane.ensured if each[0] == MODEL] == [(MODEL, "rep-1", True)] * 2
 
+    async def test_a_model_is_given_although_the_data_plane_dies_as_it_is_asked(self, bench: Bench) -> None:
+        bench.plane.filled_errors = [PlatformDownError("the node's data plane is gone")]
+        async with bench.living():
+            replica = await reach(bench, S.LOADING)
+            bench.plane.deaths[MODEL] = 2
+            await replica.say(RenewModel(model="minilm"))
+            with anyio.fail_after(WAIT_S_MAX):
+                answer, fds = await replica.channel.receive()
+            assert isinstance(answer, ModelRenewed)
+            assert answer.error is None
+            for fd in fds:
+                os.close(fd)
+            replica.end(0)
+
     async def test_one_that_was_complete_before_its_data_plane_died_is_ready_all_the_same(
         self, bench: Bench
     ) -> None:

@@ -71,6 +71,7 @@ CLOSE_S_MAX = 10.0
 """How long a sandbox may take to be taken down, and how long the data plane to hear of it."""
 TELL_S_MAX = 2.0
 """A replica that takes no message for so long is told nothing more; whatever it waits for is bounded there."""
+ENSURE_AGAIN_MAX, ENSURE_AGAIN_S = 2, 0.05
 MESSAGES_MAX, MESSAGES_PER_S_MAX = 1_000, 500
 """What a replica may say: at once, and all the time. A healthy one starts, asks for connections, tells spans."""
 
@@ -251,6 +252,14 @@ class Sandboxed:
         raise NotFoundError(f"this revision has no model {model!r}", where="model")
 
     async def _ensure_model(self, bound: BoundModel) -> EnsuredContent:
+        """Asks again if the data plane dies meanwhile: for a moment one that is gone still counts as there."""
+        for _ in range(ENSURE_AGAIN_MAX):
+            with suppress(PlatformDownError):
+                return await self._ensure_once(bound)
+            await anyio.sleep(ENSURE_AGAIN_S)
+        return await self._ensure_once(bound)
+
+    async def _ensure_once(self, bound: BoundModel) -> EnsuredContent:
         data_plane = await self._context.data_plane()
         return await data_plane.ensure(
             self._order.key.tenant,
@@ -260,8 +269,6 @@ class Sandboxed:
             lazy=bound.lazy,
             key_domain=bound.artefact.key_domain,
         )
-
-    # --- inside -------------------------------------------------------------------------------------------
 
     async def _close_sandbox(self) -> None:
         if self._handle is not None:
