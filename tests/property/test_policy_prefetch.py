@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from snowdrop.policy.prefetch import (
     EASY_RUN_BYTES,
     EASY_RUNS_MAX,
+    FORESEEN,
     LATER,
     RANKS,
     TAIL_RUNS,
@@ -73,6 +74,21 @@ def test_the_rest_follows_in_load_order_and_what_only_completes_comes_last(wante
     got = drained(order, whole=True, due=range(CHUNKS + 2))
     rest = [chunk for chunk in range(CHUNKS) if chunk not in wanted]
     assert got[len(set(wanted)) :] == [*rest, CHUNKS, CHUNKS + 1]
+
+
+@given(chunk_lists, chunk_lists, chunk_lists)
+def test_what_an_earlier_start_read_keeps_its_order_between_readers_and_the_rest(
+    foreseen: list[int], more: list[int], wanted: list[int]
+) -> None:
+    order = FetchOrder(range(CHUNKS))
+    order.want(foreseen, FORESEEN)
+    order.want([chunk for chunk in more if chunk not in foreseen], FORESEEN)
+    order.want(wanted)
+    got = drained(order, whole=True)
+    first = set(wanted)
+    last_place = {chunk: place for place, chunk in enumerate([*foreseen, *(c for c in more if c not in foreseen)])}
+    expected = [chunk for chunk in sorted(last_place, key=lambda c: last_place[c]) if chunk not in first]
+    assert got[len(first) :][: len(expected)] == expected
 
 
 def test_many_wants_of_one_chunk_do_not_pile_up() -> None:

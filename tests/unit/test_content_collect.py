@@ -9,6 +9,7 @@ from collection_world import PACK_DATA, SECOND_NS, manifest_of, packs_of
 from content_helpers import push, write_model
 from snowdrop.content.collect import CollectionReport, Collector
 from snowdrop.content.gcformat import CONDEMNED, DELETING, LEASES, ROOTS, Root
+from snowdrop.content.imagetrace import key_of, store_trace
 from snowdrop.content.keys import PUBLIC_KEYRING
 from snowdrop.content.layout import manifest_key, ref_key
 from snowdrop.content.leases import Clock, push_lease
@@ -20,6 +21,7 @@ from snowdrop.content.refs import make_ref
 from snowdrop.content.signing import Signer
 from snowdrop.domain.errors import StorageFullError, UnauthorisedError
 from snowdrop.domain.ids import DEFAULT_TENANT
+from snowdrop.domain.imagetrace import ImageTrace
 from snowdrop.domain.manifest import ArtefactRef
 
 SIGNER = Signer.make()
@@ -118,6 +120,22 @@ def test_a_dry_run_changes_nothing_and_says_what_would_go(bench: Bench, two: dic
     done = bench.gc()
     assert (told.deleted_objects, told.deleted_bytes) == (done.deleted_objects, done.deleted_bytes)
     assert done.deleted_objects > 0
+
+
+def test_traces_go_with_their_image_and_are_no_strangers(bench: Bench, two: dict[str, ArtefactRef]) -> None:
+    keys = {}
+    for name, artefact in two.items():
+        trace = ImageTrace(1, artefact.manifest, "python -m app", 1, ((0, 4096),))
+        store_trace(bench.origin, "public", DEFAULT_TENANT, trace)
+        keys[name] = key_of("public", DEFAULT_TENANT, artefact.manifest, trace.start)
+    assert bench.gc().stranger_count == 0
+    bench.unname("other")
+    bench.gc()
+    assert manifest_key("public", two["other"].manifest) not in bench.content()
+    bench.gc(dry_run=True)
+    assert all(bench.origin.exists(key) for key in keys.values())
+    bench.gc()
+    assert (bench.origin.exists(keys["one"]), bench.origin.exists(keys["other"])) == (True, False)
 
 
 def test_a_root_of_control_or_of_another_platform_keeps_content(bench: Bench, two: dict[str, ArtefactRef]) -> None:

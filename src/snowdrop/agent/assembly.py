@@ -92,7 +92,7 @@ async def run_agent(
             await background.start(keeper.run)
             node.bind(context, background)
             background.start_soon(link.run, node)
-            background.start_soon(mounts.restore)
+            background.start_soon(mounts.run)
             background.start_soon(keep_bytecode, context.python)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(until_stopped, tasks.cancel_scope)

@@ -1,4 +1,5 @@
-"""Mounts that people ask for, over the agent's HTTP API: `PUT`, `DELETE` and `GET /v1/mounts`.
+"""Mounts that people ask for, over the agent's HTTP API: `PUT`, `DELETE` and `GET /v1/mounts`, and
+`POST /v1/mounts/ready` for what was started in an image.
 
 The socket belongs to the owner of the state folder, who may mount on this machine anyway; control and its API keys
 have no part in it.
@@ -14,10 +15,10 @@ from aiohttp import web
 
 from snowdrop.agent.mounts import ModelMounts
 from snowdrop.domain.errors import InvalidInputError, SnowdropError
-from snowdrop.wire.mounts import PersonalMount, Unmount
+from snowdrop.wire.mounts import MountReady, PersonalMount, StartSummary, Unmount
 
 BODY_BYTES_MAX = 64 << 10
-Body = TypeVar("Body", PersonalMount, Unmount)
+Body = TypeVar("Body", PersonalMount, Unmount, MountReady)
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
@@ -35,6 +36,23 @@ def add_mount_routes(app: web.Application, mounts: ModelMounts) -> None:
     async def get(_request: web.Request) -> web.Response:
         return _json(mounts.personal())
 
+    async def ready(request: web.Request) -> web.Response:
+        directory = (await _body(request, MountReady)).directory
+        told = await mounts.ready_at(directory)
+        if told is None:
+            return _json(StartSummary(directory=directory, is_known=False))
+        return _json(
+            StartSummary(
+                directory=directory,
+                is_known=True,
+                foreseen_bytes=told.foreseen_bytes,
+                recorded_bytes=told.recorded_bytes,
+                missed_bytes=told.missed_bytes,
+                late_bytes=told.late_bytes,
+            )
+        )
+
+    app.router.add_post("/v1/mounts/ready", _answered(ready))
     app.router.add_put("/v1/mounts", _answered(put))
     app.router.add_delete("/v1/mounts", _answered(delete))
     app.router.add_get("/v1/mounts", _answered(get))

@@ -21,6 +21,8 @@ import msgspec
 
 from snowdrop.agent.dataplane.client import DataPlane
 from snowdrop.agent.imagecontent import NodeImage, ensure_image, open_image
+from snowdrop.agent.mountfiles import DIRECTORY_MODE, check_directory, replace_file
+from snowdrop.agent.starts import ImageStarts
 from snowdrop.content.fuse.journal import create_journal
 from snowdrop.content.fuse.mount import (
     may_mount,
@@ -31,7 +33,6 @@ from snowdrop.content.fuse.mount import (
 )
 from snowdrop.domain.errors import (
     ConflictError,
-    InvalidInputError,
     NotFoundError,
     SnowdropError,
     TimedOutError,
@@ -42,6 +43,7 @@ from snowdrop.domain.manifest import ArtefactRef
 from snowdrop.image.mount.kernel import sweep_erofs
 from snowdrop.image.mount.methods import image_mount
 from snowdrop.image.mount.port import ImageMount
+from snowdrop.wire.dataplane import StartTold
 from snowdrop.wire.mounts import PersonalMount
 
 SERVE_S_MAX = 60.0
@@ -49,7 +51,6 @@ SERVE_S_MAX = 60.0
 RENEWALS_MAX = 30
 RENEWAL_REST_S = 2.0
 """A mount that no data plane serves after so many attempts is given up: its readers get an error, not a hang."""
-DIRECTORY_MODE = 0o755
 
 log = logging.getLogger("snowdrop.agent")
 
@@ -91,6 +92,7 @@ class ModelMounts:
         self._personal: dict[Path, PersonalMount] = {}
         self._locks: WeakValueDictionary[Path, anyio.Lock] = WeakValueDictionary()
         self._recording = anyio.Lock()
+        self._starts = ImageStarts(data_plane)
         self.is_possible = bool(may_mount())
 
     def sweep(self) -> None:
@@ -106,16 +108,44 @@ class ModelMounts:
                     log.warning("a mount of an earlier agent stays: %s", error)
         shutil.rmtree(self._images, ignore_errors=True)
 
-    async def mount(self, tenant: TenantId, artefact: ArtefactRef, holder: str) -> Path:
+    async def run(self) -> None:
+        """Restores, and completes images behind the starts that are ready, until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.restore)
+            await self._starts.run()
+
+    async def mount(self, tenant: TenantId, artefact: ArtefactRef, holder: str, *, start: str = "") -> Path:
         """The directory in which all files of the artefact are there, until every holder has released it.
 
-        Raises UnavailableError if it cannot be mounted, and what the content path raises.
+        `start` names what `holder` starts in an image (`python -m app`), up to START_CHARS_MAX characters: what
+        an earlier start of this name has read is fetched ahead. If the mount is a new one, what is read until
+        `ready` is recorded. Raises UnavailableError if it cannot be mounted, and what the content path raises.
         """
         at = self._folder / artefact.manifest
         async with self._lock_of(at):
-            mount = self._mounts.get(at) or await self._make(at, tenant, artefact)
+            mount = self._mounts.get(at)
+            if mount is None:
+                mount = await self._make(at, tenant, artefact, holder=holder, start=start)
+            elif artefact.kind == "image" and start:
+                await self._starts.begin(tenant, artefact.manifest, mount.pin, holder, start, record=False)
             mount.holders.add(holder)
             return at
+
+    async def ready(self, holder: str) -> StartTold | None:
+        """What `holder` starts has started: its images are completed from now on, and what its readers still
+        have to wait for counts as late. None if it started in no image, or nothing is known of it any more."""
+        mounts = [each for each in self._mounts.values() if holder in each.holders and each.image is not None]
+        if not mounts:
+            return None
+        told = await self._starts.ready(holder)
+        for mount in mounts:
+            if mount.image is not None:
+                self._starts.complete(mount.artefact.manifest, mount.image)
+        return told
+
+    async def started(self, holder: str) -> StartTold | None:
+        """The start of `holder` as it is now, with its late bytes; None as above."""
+        return await self._starts.told(holder)
 
     async def release(self, holder: str) -> None:
         """Once no sandbox of `holder` lives. Mounts without holders are removed."""
@@ -142,9 +172,10 @@ class ModelMounts:
                     where=str(at),
                     next_step=f"`snowdrop model unmount {at}` first",
                 )
-            await anyio.to_thread.run_sync(_check_directory, at)
-            mount = await self._make(at, wanted.tenant, wanted.artefact)
-            mount.holders.add(f"person:{at}")
+            await anyio.to_thread.run_sync(check_directory, at)
+            holder = person(wanted.directory)
+            mount = await self._make(at, wanted.tenant, wanted.artefact, holder=holder, start=wanted.start)
+            mount.holders.add(holder)
             self._personal[at] = wanted
             try:
                 await self._write_record()
@@ -170,6 +201,17 @@ class ModelMounts:
             mount = self._mounts.get(at)
             if mount is not None:
                 await self._remove(mount)
+
+    async def ready_at(self, directory: str) -> StartTold | None:
+        """`ready` for what somebody started in an image at a directory; again, it gives the start as it is now.
+
+        Raises NotFoundError if nothing is mounted there.
+        """
+        if Path(directory) not in self._personal:
+            raise NotFoundError(
+                "nothing is mounted there", where=directory, next_step="see `snowdrop model mounts`"
+            )
+        return await self.ready(person(directory))
 
     def personal(self) -> list[PersonalMount]:
         return [self._personal[at] for at in sorted(self._personal)]
@@ -208,10 +250,10 @@ class ModelMounts:
         """Whether it is still there, and no other in its place."""
         return self._mounts.get(mount.at) is mount
 
-    async def _make(self, at: Path, tenant: TenantId, artefact: ArtefactRef) -> _Mount:
+    async def _make(self, at: Path, tenant: TenantId, artefact: ArtefactRef, *, holder: str, start: str) -> _Mount:
         mount = _Mount(at, tenant, artefact)
         if artefact.kind == "image":
-            return await self._make_image(mount)
+            return await self._make_image(mount, holder, start)
         try:
             # Shielded: a mount whose descriptor was lost could not be served by anybody.
             with anyio.CancelScope(shield=True):
@@ -224,10 +266,13 @@ class ModelMounts:
             raise
         return mount
 
-    async def _make_image(self, mount: _Mount) -> _Mount:
+    async def _make_image(self, mount: _Mount, holder: str, start: str) -> _Mount:
         try:
             mount.at.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
             mount.content = await open_image(self._data_plane, mount.tenant, mount.artefact, mount.pin)
+            if start:
+                manifest = mount.artefact.manifest
+                await self._starts.begin(mount.tenant, manifest, mount.pin, holder, start, record=True)
             mount.image = image_mount(mount.content, self._images / mount.pin)
             await mount.image.mount(mount.at)
             self._mounts[mount.at] = mount
@@ -288,6 +333,8 @@ class ModelMounts:
 
     async def _remove(self, mount: _Mount) -> None:
         self._mounts.pop(mount.at, None)
+        if all(each.artefact.manifest != mount.artefact.manifest for each in self._mounts.values()):
+            self._starts.forget(mount.artefact.manifest)
         try:
             if mount.image is not None:
                 await mount.image.unmount()
@@ -310,16 +357,12 @@ class ModelMounts:
 
     async def _write_record(self) -> None:
         async with self._recording:
-            await anyio.to_thread.run_sync(_replace_file, self._record, msgspec.json.encode(self.personal()))
+            await anyio.to_thread.run_sync(replace_file, self._record, msgspec.json.encode(self.personal()))
 
 
-def _replace_file(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        raise UnavailableError(f"mounts cannot be recorded: {error.strerror}", where=str(path)) from error
+def person(directory: str) -> str:
+    """The holder of a mount that somebody asked for at a directory."""
+    return f"person:{directory}"
 
 
 def _make_blocking(mount: _Mount) -> None:
@@ -347,21 +390,3 @@ def _remove_blocking(mount: _Mount, with_directory: bool) -> None:
             mount.at.rmdir()
         except OSError as error:
             log.info("%s stays: %s", mount.at, error.strerror)
-
-
-def _check_directory(at: Path) -> None:
-    if not at.is_absolute():
-        raise InvalidInputError("the directory must be absolute", where=str(at))
-    try:
-        if at.is_symlink():
-            # The kernel would mount on what it leads to, and not unmount by its name.
-            raise InvalidInputError(
-                "the directory is a symbolic link", where=str(at), next_step="name the directory itself"
-            )
-        at.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-        if any(at.iterdir()):
-            raise InvalidInputError(
-                "the directory is not empty", where=str(at), next_step="name a new or an empty one"
-            )
-    except OSError as error:
-        raise InvalidInputError(f"no directory can be made there: {error.strerror}", where=str(at)) from error

@@ -1,4 +1,4 @@
-"""`image push|ls|show|mount|unmount|rm`."""
+"""`image push|ls|show|mount|unmount|rm`; what else there is of images is in `cli.image_traces`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from snowdrop.cli.models import PrivateFlag, manifest_of, private_hasher
+from snowdrop.cli.image_records import image_of, record_of
+from snowdrop.cli.image_traces import add_commands as add_trace_commands
+from snowdrop.cli.models import PrivateFlag, private_hasher
 from snowdrop.cli.mounts import mount_artefact, unmount_directory
 from snowdrop.cli.output import (
     Context,
@@ -28,14 +30,10 @@ from snowdrop.cli.output import (
     table,
 )
 from snowdrop.cli.publishing import Publication, publication
-from snowdrop.content.imageread import read_tree
+from snowdrop.content.imagetrace import check_start
 from snowdrop.content.ingest import Compress, IngestIndex, PushOptions, PushProgress
-from snowdrop.content.keys import load_keyring
-from snowdrop.content.origin import open_origin
 from snowdrop.domain.deployment import ModelRecord
-from snowdrop.domain.errors import NotFoundError
 from snowdrop.domain.ids import parse_name
-from snowdrop.domain.image import ImageTree
 from snowdrop.image.oci import machine_platform, parse_platform
 from snowdrop.image.opening import ReachOptions, open_image
 from snowdrop.image.push import ImageOptions, ImagePushed, LayerProgress, push_image
@@ -217,12 +215,19 @@ def show(name: str, json: JsonFlag = False) -> None:
 def mount(
     name: Annotated[str, typer.Argument(help="An image that was pushed.")],
     directory: Annotated[Path, typer.Argument(help="Where: an empty directory, or one to be made.")],
+    start: Annotated[
+        str,
+        typer.Option(
+            help="What is going to be started in it, as in 'python -m app': what it reads until `image ready` is "
+            "recorded, and fetched ahead when an image is mounted for the same start again."
+        ),
+    ] = "",
     json: JsonFlag = False,
 ) -> None:
     """Show an image as a directory, at once: its data is fetched as it is read."""
     with reported():
         ctx = context(json=json)
-        mount_artefact(ctx, record_of(ctx, name), directory)
+        mount_artefact(ctx, record_of(ctx, name), directory, check_start(start) if start else "")
 
 
 @app.command()
@@ -245,22 +250,4 @@ def rm(name: str, json: JsonFlag = False) -> None:
             console.print(f"removed {name}; its bytes stay at the origin until `snowdrop store gc` collects them")
 
 
-def record_of(ctx: Context, name: str) -> ModelRecord:
-    """Raises NotFoundError if the name is not that of an image."""
-    record = ctx.client.get(ModelRecord, "models", name)
-    if record.artefact.kind != "image":
-        raise NotFoundError(
-            f"{name!r} is a {record.artefact.kind}, not an image",
-            where=f"image {name}",
-            next_step=f"see `snowdrop model show {name}`",
-        )
-    return record
-
-
-def image_of(ctx: Context, name: str) -> tuple[ModelRecord, ImageTree]:
-    """An image's record and its tree, read from the origin and checked."""
-    record = record_of(ctx, name)
-    manifest = manifest_of(ctx, record)
-    info = ctx.client.get(Info, "info")
-    hasher = load_keyring(ctx.layout.content_keys).hasher(record.artefact.key_domain)
-    return record, read_tree(open_origin(info.origin_url, info.origin), manifest, hasher)
+add_trace_commands(app)

@@ -44,11 +44,11 @@ def list_mounts(json: JsonFlag = False) -> None:
         console.print(shown if found else "nothing is mounted; `snowdrop model mount NAME DIRECTORY` does it")
 
 
-def mount_artefact(ctx: Context, record: ModelRecord, directory: Path) -> None:
+def mount_artefact(ctx: Context, record: ModelRecord, directory: Path, start: str = "") -> None:
     """Has the agent mount a model or an image, and says so."""
     at = directory.absolute()
     wanted = PersonalMount(
-        directory=str(at), tenant=TenantId(ctx.tenant), model=record.name, artefact=record.artefact
+        directory=str(at), tenant=TenantId(ctx.tenant), model=record.name, artefact=record.artefact, start=start
     )
     ctx.client.agent().send(list[PersonalMount], "PUT", "mounts", body=wanted)
     if ctx.json:

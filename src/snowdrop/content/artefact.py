@@ -69,6 +69,8 @@ class Artefact:
         self.behind: anyio.Event | None = None
         self.behind_error: SnowdropError | None = None
         self.must_complete = False
+        self.missed: dict[int, None] = {}
+        """Chunks that a reader of a file wanted when they were not on the node, each once, in order."""
         self.eager_chunks = _chunks_of(manifest, partial(_is_eager, manifest))
         self.all_chunks = _chunks_of(manifest, lambda _: True)
         self._loop = asyncio.get_running_loop()
@@ -106,6 +108,13 @@ class Artefact:
             # One of its own: several may wait, and each gets its own traceback.
             raise error_from_body(ticket.error.body())
         return ticket
+
+    def note_missed(self, engine: FetchEngine, chunks: list[int]) -> None:
+        """Somebody reads these: those that only the origin has are noted."""
+        with engine.lock:
+            near = [source for source in self.fill.sources() if source is not self.fill.last]
+            missed = [chunk for chunk in chunks if not any(source.holds(chunk) for source in near)]
+            self.missed.update(dict.fromkeys(missed))
 
     def chunks_of(self, file: int, offset: int, length: int) -> list[int]:
         """The chunks that a stretch of a file consists of; raises NotFoundError if there is no such stretch."""

@@ -127,8 +127,9 @@ class Collector:
         return plan(seen, now_unix_ns=self._clock.now_unix_ns(), grace_ns=self._grace_ns)
 
     def _clear(self, observed: Observation) -> None:
-        """Removes leases that have run out, and intents that nobody acts on or believes any more."""
-        for key in observed.dead_leases:
+        """Removes leases that have run out, intents that nobody acts on or believes any more, and hints for images
+        that are gone."""
+        for key in (*observed.dead_leases, *observed.stale_traces):
             self._origin.delete(key)
         for key in observed.intents:
             try:

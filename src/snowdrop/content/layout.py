@@ -25,3 +25,14 @@ def manifest_key(domain: str, digest: Digest) -> str:
 
 def ref_key(domain: str, tenant: TenantId, name: str) -> str:
     return f"{domain}/refs/{tenant}/{name}"
+
+
+def trace_prefix(domain: str, tenant: TenantId, manifest: Digest) -> str:
+    """What the keys of all traces of an image begin with that belong to a tenant's starts."""
+    name = manifest.removeprefix("blake3:")
+    return f"{domain}/traces/{tenant}/{name[:2]}/{name}/"
+
+
+def trace_key(domain: str, tenant: TenantId, manifest: Digest, name: str) -> str:
+    """`name` is 32 hex digits."""
+    return trace_prefix(domain, tenant, manifest) + name

@@ -41,6 +41,7 @@ SAMPLE_MAX = 20
 """Of what is not understood, so many are named."""
 
 _CONTENT = re.compile(r"([a-z0-9][a-z0-9-]{0,62})/(packs|manifests)/([0-9a-f]{2})/([0-9a-f]{64})")
+_TRACE = re.compile(r"([a-z0-9][a-z0-9-]{0,62})/traces/[a-z0-9-]+/([0-9a-f]{2})/([0-9a-f]{64})/[0-9a-f]{32}")
 _REF = re.compile(r"([a-z0-9][a-z0-9-]{0,62})/refs/[a-z0-9-]+/[a-z0-9-]+")
 
 
@@ -69,6 +70,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     intents: tuple[str, ...]
     records: tuple[CondemnedRecord, ...]
     strangers: tuple[str, ...]
+    stale_traces: tuple[str, ...]
+    """Of images that are not there any more."""
     notes: tuple[str, ...]
 
 
@@ -140,6 +143,7 @@ class Observer:
             intents=tuple(sorted(entry.key for entry in listed if entry.key.startswith(DELETING))),
             records=records,
             strangers=strangers,
+            stale_traces=_stale_traces(listed, there),
             notes=tuple(notes),
         )
 
@@ -285,9 +289,20 @@ def _sort(listed: list[ObjectInfo]) -> tuple[tuple[StoredObject, ...], tuple[str
                     modified_unix_ns=entry.modified_unix_ns,
                 )
             )
-        elif not _REF.fullmatch(entry.key) and not entry.key.startswith((LEASES, CONDEMNED, DELETING, ROOTS)):
+        elif _REF.fullmatch(entry.key) or _TRACE.fullmatch(entry.key):
+            continue
+        elif not entry.key.startswith((LEASES, CONDEMNED, DELETING, ROOTS)):
             strangers.append(entry.key)
     return tuple(objects), tuple(sorted(strangers))
+
+
+def _stale_traces(listed: list[ObjectInfo], manifests: set[str]) -> tuple[str, ...]:
+    found: list[str] = []
+    for entry in listed:
+        match = _TRACE.fullmatch(entry.key)
+        if match and manifest_key(match[1], Digest(f"blake3:{match[3]}")) not in manifests:
+            found.append(entry.key)
+    return tuple(sorted(found))
 
 
 def sizes(objects: Iterable[StoredObject]) -> Mapping[str, int]:

@@ -11,6 +11,7 @@ from snowdrop.content.artefact import Artefact
 from snowdrop.content.disk import DiskTier
 from snowdrop.content.fetch import FetchEngine
 from snowdrop.content.keys import HasherSource
+from snowdrop.content.origin import Origin
 from snowdrop.content.pins import Pins
 from snowdrop.content.source import Tier
 from snowdrop.domain.ids import Digest
@@ -27,6 +28,7 @@ class StoreParts(NamedTuple):
     pins: Pins
     artefacts: dict[Digest, Artefact]
     opening: anyio.Lock
+    origin: Origin
 
 
 def content_bytes(given: dict[Tier, int]) -> ContentBytes:

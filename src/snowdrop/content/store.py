@@ -94,7 +94,7 @@ class ContentStore:
         self.served_bytes: Counter[Tier] = Counter()
         """What loads were given since the start, by tier."""
 
-        self.parts = StoreParts(areas, disk, engine, keys, self._pins, self._artefacts, self._opening)
+        self.parts = StoreParts(areas, disk, engine, keys, self._pins, self._artefacts, self._opening, origin)
 
     async def ensure(
         self,
@@ -217,6 +217,7 @@ class ContentStore:
             raise NotFoundError("the artefact is not on this node", where=digest, next_step="ensure it first")
         with self._at_work(digest):
             chunks = artefact.chunks_of(file, offset, length)
+            artefact.note_missed(self._engine, chunks)
             if artefact.has_room:
                 try:
                     await artefact.bring(self._engine, chunks, "landing")

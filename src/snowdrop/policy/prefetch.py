@@ -1,7 +1,8 @@
 """In which order the chunks of an artefact are fetched. Pure: no clock, no I/O, same calls, same order.
 
 First what somebody cannot go on without (files of the directory, retries), then what readers asked for, the
-latest packet first, then everything in load order if the whole artefact is wanted.
+latest packet first, then what an earlier start has read, then everything in load order if the whole artefact is
+wanted.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import NamedTuple
 
 URGENT = 0
 WANTED = 1
-LATER = 2
+FORESEEN = 2
+"""What an earlier start has read: before the load order, the first packet first."""
+LATER = 3
 """Behind the load order: what only completes the directory."""
-RANKS = (URGENT, WANTED, LATER)
+RANKS = (URGENT, WANTED, FORESEEN, LATER)
 
 EASY_BYTES = 128 << 20
 EASY_S_MAX = 0.5
@@ -47,9 +50,9 @@ class FetchOrder:
         self._packets = 0
 
     def want(self, chunks: Iterable[int], rank: int = WANTED) -> None:
-        """Moves `chunks`, most urgent first, to the front of their rank; LATER ones to its end."""
+        """Moves `chunks`, most urgent first, to the front of their rank; FORESEEN and LATER ones to its end."""
         self._packets += 1
-        packet = self._packets if rank == LATER else -self._packets
+        packet = self._packets if rank in {FORESEEN, LATER} else -self._packets
         queue, latest = self._queues[rank], self._latest[rank]
         for position, chunk in enumerate(chunks):
             latest[chunk] = (packet, position)
@@ -78,7 +81,7 @@ class FetchOrder:
 
         `whole` says whether the load order counts, or only what was asked for.
         """
-        for rank in (URGENT, WANTED):
+        for rank in (URGENT, WANTED, FORESEEN):
             chunk = self._first(rank, is_due)
             if chunk is not None:
                 return chunk

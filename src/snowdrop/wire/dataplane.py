@@ -61,6 +61,51 @@ class ServeMount(Message, frozen=True, kw_only=True):
     view: Literal["files", "data", "tree"] = "files"
 
 
+class BeginStart(Message, frozen=True, kw_only=True):
+    """Something starts in an image that is pinned for `pin`; answered (Completed) once that is known.
+
+    What an earlier start of the same name has read is fetched from now on, in that order. With `record`, what is
+    read through the image's mounts is recorded until EndStart.
+    """
+
+    request: int
+    tenant: TenantId
+    manifest: Digest
+    pin: str
+    holder: str
+    start: str
+    record: bool
+
+
+class EndStart(Message, frozen=True, kw_only=True):
+    """The start of `holder` is over: what was recorded is kept, and reads count as late from now on.
+
+    Answered by StartTold, also if it had been said before.
+    """
+
+    request: int
+    holder: str
+
+
+class AskStart(Message, frozen=True, kw_only=True):
+    """-> StartTold."""
+
+    request: int
+    holder: str
+
+
+class StartTold(Message, frozen=True, kw_only=True):
+    """A start so far. `foreseen_bytes`: what a trace said it would read. `missed_bytes`: what its image's readers
+    wanted until it ended and had to wait for, because only the origin had it; `late_bytes`: the same after that.
+    """
+
+    request: int
+    foreseen_bytes: int
+    recorded_bytes: int
+    missed_bytes: int
+    late_bytes: int
+
+
 class Release(Message, frozen=True, kw_only=True):
     """`holder` no longer uses any artefact. Not answered."""
 
@@ -109,8 +154,9 @@ class Refused(Message, frozen=True, kw_only=True):
     error: ErrorBody
 
 
-ToDataPlane = Ensure | WaitFilled | WaitDirectory | ServeMount | Release | Cancel | ToUpkeep
-FromDataPlane = Ensured | Filled | Completed | Refused | FromUpkeep
+ToStarts = BeginStart | EndStart | AskStart
+ToDataPlane = Ensure | WaitFilled | WaitDirectory | ServeMount | Release | Cancel | ToStarts | ToUpkeep
+FromDataPlane = Ensured | Filled | Completed | StartTold | Refused | FromUpkeep
 
 TO_DATA_PLANE: Codec[ToDataPlane] = Codec(ToDataPlane)
 FROM_DATA_PLANE: Codec[FromDataPlane] = Codec(FromDataPlane)

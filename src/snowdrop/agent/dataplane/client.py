@@ -21,6 +21,7 @@ from snowdrop.domain.receipt import ContentBytes, Span
 from snowdrop.wire.codec import Message
 from snowdrop.wire.dataplane import (
     FROM_DATA_PLANE,
+    BeginStart,
     Cancel,
     Completed,
     Ensure,
@@ -176,6 +177,22 @@ class DataPlane:
         request = self._take_number()
         message = ServeMount(request=request, manifest=manifest, view=view)
         await self._call(message, request, Completed, (device_fd, journal_fd))
+
+    async def begin_start(
+        self, tenant: TenantId, manifest: Digest, pin: str, holder: str, start: str, *, record: bool
+    ) -> None:
+        """What an earlier start of this name has read of an ensured image is fetched from now on."""
+        request = self._take_number()
+        message = BeginStart(
+            request=request,
+            tenant=tenant,
+            manifest=manifest,
+            pin=pin,
+            holder=holder,
+            start=start,
+            record=record,
+        )
+        await self._call(message, request, Completed)
 
     async def ask(self, make: Callable[..., Message], wanted: type[Answer]) -> Answer:
         """Sends the message that `make(request=N)` gives, and returns its answer."""

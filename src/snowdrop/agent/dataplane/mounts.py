@@ -15,6 +15,7 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 
+from snowdrop.agent.dataplane.starts import RecordedFiles, Recorder
 from snowdrop.content.fuse.inodes import Inodes
 from snowdrop.content.fuse.journal import Journal
 from snowdrop.content.fuse.session import Session
@@ -51,10 +52,11 @@ class _Mount(NamedTuple):
 
 
 class MountServer:
-    """`tasks` carries the sessions."""
+    """`tasks` carries the sessions; `recorder` is told what is read."""
 
-    def __init__(self, store: MountStore, tasks: anyio.abc.TaskGroup) -> None:
+    def __init__(self, store: MountStore, tasks: anyio.abc.TaskGroup, recorder: Recorder | None = None) -> None:
         self._store = store
+        self._recorder = recorder or Recorder()
         self._tasks = tasks
         self._served: set[tuple[int, int]] = set()
 
@@ -105,7 +107,7 @@ class MountServer:
                     mount.device_fd,
                     mount.journal,
                     mount.tree,
-                    mount.cut(source),
+                    mount.cut(RecordedFiles(source, mount.digest, self._recorder)),
                     passthrough_allowed=os.geteuid() == 0,
                     name=mount.digest[:19],
                 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import anyio
 
 from snowdrop.agent.dataplane.mounts import MountServer
+from snowdrop.agent.dataplane.starts import STARTS_MESSAGES, Starts
 from snowdrop.agent.dataplane.upkeep import UPKEEP_MESSAGES, answer_upkeep
 from snowdrop.content.settings import DataPlaneSettings
 from snowdrop.content.store import ContentStore, open_store
@@ -27,6 +28,7 @@ from snowdrop.wire.dataplane import (
     Release,
     ServeMount,
     ToDataPlane,
+    ToStarts,
     WaitDirectory,
     WaitFilled,
 )
@@ -73,7 +75,8 @@ class _Session:
 
     async def run(self) -> None:
         async with anyio.create_task_group() as requests:
-            mounts = MountServer(self._store, requests)
+            starts = Starts(self._store.parts, requests)
+            mounts = MountServer(self._store, requests, starts.recorder)
             while True:
                 try:
                     message, fds = await self._channel.receive()
@@ -83,6 +86,7 @@ class _Session:
                     for fd in fds:
                         os.close(fd)
                 if isinstance(message, Release):
+                    starts.forget(message.holder)
                     self._store.release(message.holder)
                     self._holders.discard(message.holder)
                 elif isinstance(message, Cancel):
@@ -95,7 +99,7 @@ class _Session:
                 else:
                     # Registered here, not in the task: a Cancel may be the very next message.
                     scope = self._scopes[message.request] = anyio.CancelScope()
-                    requests.start_soon(self._answer, message, scope)
+                    requests.start_soon(self._answer, message, scope, starts)
             requests.cancel_scope.cancel()
 
     def release_all(self) -> None:
@@ -108,7 +112,10 @@ class _Session:
             scope.cancel()
 
     async def _answer(
-        self, message: Ensure | WaitFilled | WaitDirectory | ToUpkeep, scope: anyio.CancelScope
+        self,
+        message: Ensure | WaitFilled | WaitDirectory | ToStarts | ToUpkeep,
+        scope: anyio.CancelScope,
+        starts: Starts,
     ) -> None:
         try:
             with scope:
@@ -120,6 +127,8 @@ class _Session:
                         await self._send(
                             Filled(request=message.request, content=filled.content, spans=filled.spans)
                         )
+                    elif isinstance(message, STARTS_MESSAGES):
+                        await self._send(await starts.answer(message))
                     elif isinstance(message, UPKEEP_MESSAGES):
                         await self._send(await answer_upkeep(self._upkeep, message))
                     else:
