@@ -34,6 +34,7 @@ from snowdrop.gateway.app import build_app
 from snowdrop.gateway.broker import LocalBroker
 from snowdrop.gateway.carrier import Carrier
 from snowdrop.gateway.edge.server import serving
+from snowdrop.gateway.effects import Now
 from snowdrop.gateway.owner import Owner
 from snowdrop.gateway.queue import QueueCore
 from snowdrop.gateway.relay import Relay
@@ -220,6 +221,22 @@ async def test_a_stand_in_for_a_key_is_as_good_as_none(bench: Bench) -> None:
     assert (await stranger.models.list()).data
     with pytest.raises(openai.AuthenticationError, match="unknown API key"):
         await bench.client.with_options(api_key="sd_wrong").models.list()
+
+
+async def test_a_deadline_that_comes_in_the_queue_is_504_in_their_shape(bench: Bench) -> None:
+    async with anyio.create_task_group() as tasks:
+
+        async def ask() -> None:
+            with pytest.raises(openai.InternalServerError, match="deadline came before a slot was free") as late:
+                await bench.client.chat.completions.create(**say(), extra_headers={"snowdrop-timeout": "7"})
+            assert (late.value.status_code, late.value.code) == (504, "timed_out")
+
+        tasks.start_soon(ask)
+        with anyio.fail_after(WAIT_S_MAX):
+            while not bench.core.busy:
+                await anyio.sleep(0.001)
+        now_s = anyio.current_time() + 8.0
+        bench.owner._carry_out(bench.core.tick(Now(now_s, int(now_s * 1e9))))
 
 
 async def test_an_embedder_is_not_woken_by_a_chat(bench: Bench) -> None:

@@ -26,7 +26,7 @@ from snowdrop.gateway.owner import Owner
 from snowdrop.gateway.queue import QueueCore
 from snowdrop.gateway.relay import Relay
 from snowdrop.gateway.upstream.pool import Upstreams
-from snowdrop.wire.control import DeploymentRoute, RouteChanged, Routes, StartingReplica
+from snowdrop.wire.control import DeploymentRoute, Parked, RouteChanged, Routes, StartingReplica
 from snowdrop.wire.http import serving_unix
 
 pytestmark = pytest.mark.anyio
@@ -330,6 +330,31 @@ async def test_the_clients_own_deadline_bounds_the_answer_and_goes_on_to_the_rep
             assert answer.status == 504
             assert "snowdrop-timeout" in (await answer.json())["error"]["where"]
     assert float(bench.seen[0].headers["snowdrop-deadline"]) > 0
+
+
+@pytest.mark.parametrize("parked", [False, True])
+async def test_a_deadline_that_comes_in_the_queue_is_504_and_says_what_it_waited_for(
+    bench: Bench, parked: bool
+) -> None:
+    failed = RevisionFailedError("it does not start").body()
+    waits_too = Parked(error=failed, next_try_unix_ns=0, wait_s_max=600.0)
+    bench.change(route(queue=SOON, parked=waits_too if parked else None))
+    async with anyio.create_task_group() as tasks:
+
+        async def ask() -> None:
+            headers = {"snowdrop-timeout": "7", "prefer": "wait=500"}
+            async with bench.client.get("/embed/x", headers=headers) as answer:
+                assert answer.status == 504
+                error = (await answer.json())["error"]
+            assert (error["kind"], error["where"]) == ("timed_out", "header snowdrop-timeout or snowdrop-deadline")
+            assert ("it does not start" if parked else "no replica was ready") in error["message"]
+
+        tasks.start_soon(ask)
+        await bench.one_waits()
+        bench.tick(6.0)
+        assert bench.core.gauges()[0].queued == 1
+        bench.tick(8.0)
+    assert [wait.outcome for wait in bench.core.waits.take()] == ["too_long"]
 
 
 async def test_nothing_is_started_for_a_deadline_that_has_passed(bench: Bench) -> None:

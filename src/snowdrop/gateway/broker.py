@@ -142,12 +142,8 @@ def _fail(future: asyncio.Future[T] | None, error: Exception) -> None:
 
 
 def _asks(call: Call, ticket: int) -> Acquire:
-    """The message for a call. Its bound on waiting is what its deadline leaves of it."""
-    wait = call.wait
-    wait_s_max = wait.wait_s_max
-    if call.deadline_unix_s is not None:
-        left_s = max(0.0, call.deadline_unix_s - time.time())
-        wait_s_max = left_s if wait_s_max is None else min(wait_s_max, left_s)
+    """The message for a call."""
+    wait, deadline_unix_s = call.wait, call.deadline_unix_s
     return Acquire(
         ticket=ticket,
         key_sha256=call.caller.key_sha256,
@@ -157,7 +153,8 @@ def _asks(call: Call, ticket: int) -> Acquire:
         label=call.caller.label,
         request_id=call.request_id,
         priority=wait.priority,
-        wait_s_max=wait_s_max,
+        wait_s_max=wait.wait_s_max,
+        deadline_left_s=None if deadline_unix_s is None else max(0.0, deadline_unix_s - time.time()),
         progress=wait.progress,
         attempt=call.attempt,
         dialect=call.dialect,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from snowdrop.domain.errors import NotFoundError, QueueFullError, SnowdropError, WaitedTooLongError
+from snowdrop.domain.errors import NotFoundError, QueueFullError, SnowdropError, TimedOutError, WaitedTooLongError
 from snowdrop.domain.ids import DeploymentName, ReplicaId, TenantId
 from snowdrop.wire.control import DeploymentRoute
 from snowdrop.wire.slots import Denied, Granted, Looked, WaitNews
@@ -81,6 +81,15 @@ def queue_full(route: DeploymentRoute, *, waiting: int, retry_after_s: float) ->
         where=f"queue.length_max={route.queue.length_max}",
         next_step="try again later, or raise scale.max, concurrency or queue.length_max",
         retry_after_s=retry_after_s,
+    )
+
+
+def deadline_came(route: DeploymentRoute, reason: str) -> TimedOutError:
+    """Nobody waits for an answer any more, whatever the deployment would still do."""
+    return TimedOutError(
+        f"the caller's own deadline came before a slot was free for {route.deployment!r}: {reason}",
+        where="header snowdrop-timeout or snowdrop-deadline",
+        next_step="allow it more time; nothing was started",
     )
 
 

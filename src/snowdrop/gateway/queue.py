@@ -279,7 +279,7 @@ class QueueCore:
         self._tickets[waiting.ticket] = deployment
         if request.parent_lease:
             self._lineage.waits(waiting.ticket, request, (deployment.route.tenant, request.deployment))
-        self._deadlines.put(deadline_s, waiting.ticket, self._tickets)
+        self._deadlines.put(waiting.deadline_s, waiting.ticket, self._tickets)
         deployment.note_peak()
         effects: list[Effect] = [DemandChanged((deployment.route.tenant, request.deployment))]
         if request.progress and queue.progress_first_s is not None:

@@ -9,7 +9,7 @@ import msgspec
 
 from snowdrop.domain.errors import ErrorBody
 from snowdrop.domain.ids import ReplicaId
-from snowdrop.gateway.effects import DeploymentKey, Now, TicketKey, waited_too_long
+from snowdrop.gateway.effects import DeploymentKey, Now, TicketKey, deadline_came, waited_too_long
 from snowdrop.gateway.slots import Gauges, ReplicaSlots
 from snowdrop.gateway.slottimes import SlotTimes
 from snowdrop.gateway.traffic import Traffic, lost_pins
@@ -47,7 +47,10 @@ class Lease(msgspec.Struct):
 
 
 class Waiting(msgspec.Struct):
-    """A request in the line. `reason`, `position` and `expected_s` are as they were when it began to wait."""
+    """A request in the line. `reason`, `position` and `expected_s` are as they were when it began to wait.
+
+    At `deadline_s` it has waited as long as it may, or (`is_callers`) its caller's own deadline has come.
+    """
 
     worker: str
     request: Acquire
@@ -60,6 +63,7 @@ class Waiting(msgspec.Struct):
     expected_s: float | None
     news_due_s: float = 0.0
     pin: str = ""
+    is_callers: bool = False
 
     @property
     def ticket(self) -> TicketKey:
@@ -124,10 +128,12 @@ class Deployment:
         """Puts a request into the line; with a `pin` only that revision may serve it."""
         queue = self.route.queue
         ahead = 0 if request.attempt else len(self.line)
+        left_s = request.deadline_left_s
+        is_callers = left_s is not None and now.s + left_s <= deadline_s
         waiting = Waiting(
             worker=worker,
             request=request,
-            deadline_s=deadline_s,
+            deadline_s=now.s + left_s if left_s is not None and is_callers else deadline_s,
             since_s=now.s,
             since_unix_ns=now.unix_ns,
             priority=priority_of(queue, request.priority, key_priority_max),
@@ -135,6 +141,7 @@ class Deployment:
             position=ahead,
             expected_s=self.expected_s(now, ahead),
             pin=pin,
+            is_callers=is_callers,
         )
         self.line.join(waiting.ticket, waiting, self._standing(waiting))
         self.traffic.joined(pin)
@@ -302,7 +309,9 @@ class Deployment:
         )
 
     def too_late(self, waited: Waiting, now: Now) -> ErrorBody:
-        """The error of one that has waited as long as it may."""
+        """The error of one that has waited as long as it may, or whose caller's own time is over."""
+        if waited.is_callers and waited.deadline_s <= now.s:
+            return deadline_came(self.route, self.reason).body()
         if self.route.parked is not None:
             return self.unstarted(self.route.parked, now)
         bound_s = waited.deadline_s - waited.since_s

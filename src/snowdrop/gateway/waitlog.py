@@ -36,7 +36,7 @@ class WaitLog:
             self._ended(deployment, waited, "granted", now, granted=granted)
 
     def denied(self, deployment: Deployment, waited: Waiting, error: ErrorBody, now: Now) -> None:
-        outcome: Outcome = "too_long" if error.kind == "waited_too_long" else "refused"
+        outcome: Outcome = "too_long" if error.kind in {"waited_too_long", "timed_out"} else "refused"
         self._ended(deployment, waited, outcome, now, error=error.kind)
 
     def gone(self, deployment: Deployment, waited: Waiting, now: Now) -> None:

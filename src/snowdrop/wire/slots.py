@@ -27,7 +27,8 @@ class Acquire(Message, frozen=True, kw_only=True):
     to; `attempt` counts the replicas that could not be reached for it: such a request keeps its place. `dialect`
     is the path of OpenAI's dialect that the deployment must serve; one that does not is not woken.
     For a call by a service, `from_replica` is who calls, and `parent_lease` the request of its own it calls for.
-    `revision` (an id, `stable` or `candidate`) alone may serve it.
+    `revision` (an id, `stable` or `candidate`) alone may serve it. `deadline_left_s` is what its caller's deadline
+    leaves for everything.
     """
 
     ticket: int
@@ -39,6 +40,7 @@ class Acquire(Message, frozen=True, kw_only=True):
     request_id: str = ""
     priority: int | None = None
     wait_s_max: float | None = None
+    deadline_left_s: float | None = None
     progress: bool = False
     attempt: int = 0
     dialect: str = ""
