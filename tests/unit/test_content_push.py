@@ -1,5 +1,6 @@
 import hashlib
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from snowdrop.domain.errors import (
     UnavailableError,
 )
 from snowdrop.domain.ids import DEFAULT_TENANT
+from snowdrop.domain.layout import StateLayout
 from snowdrop.domain.manifest import Manifest
 
 
@@ -202,6 +204,21 @@ def test_code_leaves_out_what_is_ignored(tmp_path: Path) -> None:
     manifest = manifest_of(origin, push_code(tmp_path, origin, tenant=DEFAULT_TENANT).artefact.manifest)
     assert [entry.path for entry in manifest.files] == ["data/keep.txt", "service.py"]
     assert manifest.kind == "code"
+
+
+def test_a_state_folder_in_the_code_is_left_out_by_itself(tmp_path: Path) -> None:
+    for path in ("service.py", "run/agent.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(path)
+    layout = StateLayout(tmp_path / "s")
+    layout.make()
+    (layout.keys).mkdir()
+    (layout.keys / "signer").write_text("secret")
+    origin = MemoryOrigin()
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.bind(str(layout.agent_socket))
+        manifest = manifest_of(origin, push_code(tmp_path, origin, tenant=DEFAULT_TENANT).artefact.manifest)
+    assert [entry.path for entry in manifest.files] == ["run/agent.py", "service.py"]
 
 
 def test_code_that_is_too_large_names_its_largest_file(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import anyio
 import anyio.abc
+import h2.config
 import h2.connection
+import h2.errors
 import h2.events
 import httpx
 import pytest
@@ -232,6 +234,35 @@ async def test_an_answer_that_breaks_off_does_not_look_whole(bench: Bench) -> No
     async with bench.raw_replica(die):
         with pytest.raises(httpx.RemoteProtocolError):
             await bench.client.get("/e/x")
+
+
+async def test_bytes_that_are_no_ascii_in_path_or_method_concern_their_own_stream_alone(bench: Bench) -> None:
+    async def echo(request: web.Request) -> web.Response:
+        return web.Response(text=request.path)
+
+    statuses: dict[int, bytes] = {}
+    bodies: dict[int, bytes] = {}
+    resets: dict[int, int] = {}
+    client = h2.connection.H2Connection(h2.config.H2Configuration(validate_outbound_headers=False))
+    client.initiate_connection()
+    requests = ((1, b"POST", "/e/Jürgen".encode()), (3, b"P\xff", b"/e/x"), (5, b"POST", b"/e/plain"))
+    async with bench.replica(echo), await anyio.connect_tcp("127.0.0.1", bench.port) as stream:
+        for number, method, path in requests:
+            head = [(b":method", method), (b":path", path), (b":scheme", b"http"), (b":authority", b"a")]
+            client.send_headers(number, head)
+            client.send_data(number, b"body", end_stream=True)
+        await stream.send(client.data_to_send())
+        while len(bodies) + len(resets) < len(requests):
+            for event in client.receive_data(await stream.receive()):
+                if isinstance(event, h2.events.ResponseReceived):
+                    statuses[event.stream_id] = dict(event.headers)[b":status"]
+                elif isinstance(event, h2.events.DataReceived) and event.data:
+                    bodies[event.stream_id] = event.data
+                elif isinstance(event, h2.events.StreamReset):
+                    resets[event.stream_id] = event.error_code
+    assert statuses == {1: b"200", 5: b"200"}
+    assert bodies == {1: "/Jürgen".encode(), 5: b"/plain"}
+    assert resets == {3: h2.errors.ErrorCodes.PROTOCOL_ERROR}
 
 
 async def test_errors_and_heads_are_as_on_the_other_port(bench: Bench) -> None:

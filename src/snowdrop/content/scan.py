@@ -1,7 +1,8 @@
 """Source directories: which files a push takes, under which rules. Reads no file contents but .snowdropignore.
 
-A symbolic link whose target is a file inside the directory is taken as that file; one that leads out of it, to a
-directory or to nothing is refused by name, and so is anything that is neither file nor directory.
+A state folder of Snowdrop's below the directory is left out by itself: it has sockets, keys and caches, and nobody
+means them. A symbolic link whose target is a file inside the directory is taken as that file; one that leads out of
+it, to a directory or to nothing is refused by name, and so is anything that is neither file nor directory.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple, Self
 from snowdrop.content.cut import load_order_key
 from snowdrop.content.paths import parse_tree_path
 from snowdrop.domain.errors import InvalidInputError, NotFoundError
+from snowdrop.domain.layout import is_state_folder
 from snowdrop.domain.manifest import FILES_MAX
 
 IGNORE_FILE = ".snowdropignore"
@@ -107,6 +109,8 @@ def _walk(root: Path, prefix: str, patterns: tuple[str, ...]) -> Iterator[Scanne
             continue
         parse_tree_path(path, error=InvalidInputError)
         if entry.is_dir(follow_symlinks=False):
+            if is_state_folder(Path(entry.path)):
+                continue
             yield from _walk(root, path, patterns)
         else:
             yield _source_file(root, path, Path(entry.path), is_link=entry.is_symlink())

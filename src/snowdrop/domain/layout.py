@@ -10,6 +10,13 @@ from snowdrop.domain.errors import InvalidInputError
 
 SOCKET_PATH_BYTES_MAX = 107
 """sun_path holds 108 bytes with the closing NUL (unix(7))."""
+STATE_MARK = ".snowdrop-state"
+"""An empty file in each state folder, so that whatever packs a folder knows one wherever it lies."""
+
+
+def is_state_folder(folder: Path) -> bool:
+    """Whether a platform has its state there."""
+    return (folder / STATE_MARK).is_file()
 
 
 class StateLayout(msgspec.Struct, frozen=True):
@@ -161,3 +168,4 @@ class StateLayout(msgspec.Struct, frozen=True):
         """Creates the folders, for the owner only."""
         for folder in (self.root, self.run, self.sockets, self.calls, self.replica_logs, self.process_logs):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (self.root / STATE_MARK).touch(mode=0o600)

@@ -7,6 +7,7 @@ stream that its client resets closes its connection to the worker, which cancels
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import socket
 import ssl
@@ -15,8 +16,10 @@ from contextlib import suppress
 from typing import Any
 
 import anyio
+import hypercorn.protocol
 import msgspec
 from h2.errors import ErrorCodes
+from h2.events import Event, RequestReceived
 from h2.exceptions import ProtocolError
 from hypercorn.asyncio import serve
 from hypercorn.config import Config, Sockets
@@ -39,6 +42,7 @@ SWALLOW_BYTES_MAX = 64 << 20
 SWALLOW_S_MAX = 10.0
 # RFC 9113, section 8.2.2: what HTTP/1.1 says of its connection has no place in HTTP/2.
 DROPPED = HOP_BY_HOP | {"server", "host"}
+_NO_ASCII = re.compile(rb"[\x80-\xff]")
 log = logging.getLogger("snowdrop.gateway.http2")
 
 Message = dict[str, Any]
@@ -192,6 +196,37 @@ async def _reset(send: Send, code: ErrorCodes) -> None:
         with suppress(ProtocolError):  # it is closed by now
             protocol.connection.reset_stream(stream.stream_id, code)  # type: ignore[union-attr]
         await protocol._flush()  # noqa: SLF001 -- see above; tests/unit/test_gateway_http2.py holds it
+
+
+class _H2(H2Protocol):
+    """hypercorn's, which ends the whole connection where a path or method is no ASCII."""
+
+    async def _handle_events(self, events: list[Event]) -> None:
+        reset: set[int] = set()
+        for event in events:
+            if isinstance(event, RequestReceived) and not self._made_ascii(event):
+                self.connection.reset_stream(event.stream_id, ErrorCodes.PROTOCOL_ERROR)
+                reset.add(event.stream_id)
+        await super()._handle_events([event for event in events if getattr(event, "stream_id", 0) not in reset])
+
+    @staticmethod
+    def _made_ascii(request: RequestReceived) -> bool:
+        """Quotes bytes in the path as the listener for HTTP/1.1 does. False if the method is no ASCII either."""
+        headers = [(bytes(name), bytes(value)) for name, value in request.headers]
+        if not dict(headers)[b":method"].isascii():
+            return False
+        if any(name == b":path" and not value.isascii() for name, value in headers):
+            request.headers = [(name, _quoted(value) if name == b":path" else value) for name, value in headers]
+        return True
+
+
+def _quoted(target: bytes) -> bytes:
+    path, question, query = target.partition(b"?")
+    return _NO_ASCII.sub(lambda found: b"%%%02X" % found[0][0], path) + question + query
+
+
+# hypercorn has no other way to say which class speaks HTTP/2; tests/unit/test_gateway_http2.py holds it.
+hypercorn.protocol.H2Protocol = _H2  # type: ignore[attr-defined]
 
 
 class _Config(Config):
