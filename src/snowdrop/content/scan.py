@@ -1,8 +1,9 @@
 """Source directories: which files a push takes, under which rules. Reads no file contents but .snowdropignore.
 
-A state folder of Snowdrop's below the directory is left out by itself: it has sockets, keys and caches, and
-nobody means them. A symbolic link whose target is a file inside the directory is taken as that file; one that leads
-out of it, to a directory or to nothing is refused by name, and so is anything that is neither file nor directory.
+A state folder of Snowdrop's below the directory is left out by itself: it has sockets, keys and caches.
+
+A symbolic link whose target is a file inside the directory is taken as that file; one that leads out of it, to a
+directory or to nothing is refused by name, and so is anything that is neither file nor directory.
 """
 
 from __future__ import annotations
