@@ -35,6 +35,7 @@ fi
 ls /usr/lib/*/libseccomp.so.2 /lib/*/libseccomp.so.2 >/dev/null 2>&1 ||
     need libseccomp2 "no system call filter can be made, so \`snowdrop up\` wants --unsafe-no-sandbox"
 [ -e /usr/bin/fusermount3 ] || need fuse3 "without root a model cannot be mounted as a directory, only waited for"
+command -v mmdebstrap >/dev/null 2>&1 || need mmdebstrap "\`snowdrop image build\` makes no Debian base, and wants an image as one"
 # What makes images, for the tests that compare with them; without root those tests are skipped.
 if [ "$(id -u)" = 0 ]; then
     for tool in umoci skopeo buildah docker-registry; do

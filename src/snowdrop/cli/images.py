@@ -1,4 +1,4 @@
-"""`image push|ls|show|mount|unmount|rm`; what else there is of images is in `cli.image_traces`."""
+"""`image push|build|ls|show|mount|unmount|rm`; what else there is of images is in `cli.image_traces`."""
 
 from __future__ import annotations
 
@@ -33,15 +33,21 @@ from snowdrop.cli.publishing import Publication, publication
 from snowdrop.content.imagetrace import check_start
 from snowdrop.content.ingest import Compress, IngestIndex, PushOptions, PushProgress
 from snowdrop.domain.deployment import ModelRecord
+from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.ids import parse_name
+from snowdrop.image.build.bases import DEBIAN_MIRROR
+from snowdrop.image.build.build import BuildOptions, build_image
+from snowdrop.image.build.cache import BuildCache
 from snowdrop.image.oci import machine_platform, parse_platform
 from snowdrop.image.opening import ReachOptions, open_image
 from snowdrop.image.push import ImageOptions, ImagePushed, LayerProgress, push_image
 from snowdrop.image.source import ImageSource
 from snowdrop.image.unpack import LayerFolder
+from snowdrop.sdk.inspect import describe_service
+from snowdrop.sdk.load import split_target
 from snowdrop.wire.api import Info
 
-app = typer.Typer(no_args_is_help=True, help="Images: push, list, show, remove.")
+app = typer.Typer(no_args_is_help=True, help="Images: push, build, list, show, remove.")
 PASSWORD_VARIABLE = "SNOWDROP_REGISTRY_PASSWORD"  # noqa: S105 (its name)
 LARGEST_SHOWN = 10
 
@@ -110,6 +116,58 @@ def push(
         if ctx.json:
             counts = {"new_bytes": pushed.result.new_bytes, "reused_bytes": pushed.result.reused_bytes}
             say_json({"image": record, "source_digest": pushed.source.digest, **counts})
+            return
+        _say_pushed(record, pushed, time.monotonic() - started_s)
+
+
+@app.command()
+def build(
+    target: Annotated[str, typer.Argument(help="FILE[:CLASS]: the service whose environment is made.")],
+    name: Annotated[str, typer.Argument(help="The image's name; if not given, the one the service says.")] = "",
+    *,
+    locked: Annotated[
+        bool, typer.Option("--locked", help="Refuse if the lock beside FILE is not for what is asked.")
+    ] = False,
+    upgrade: Annotated[bool, typer.Option("--upgrade", help="Make the base and the lock anew.")] = False,
+    debian_mirror: Annotated[str, typer.Option(help="Where a base `debian:SUITE` comes from.")] = DEBIAN_MIRROR,
+    private: PrivateFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Make a service's environment without a container engine, and push it as an image.
+
+    Versions and digests of packages are kept in a lock beside FILE. What was made is kept: a build that was
+    interrupted goes on where it was when it is run again.
+    """
+    with reported():
+        ctx = context(json=json)
+        file, class_name = split_target(target)
+        image = describe_service(file, class_name).image
+        name = name or image.name
+        if not name:
+            raise InvalidInputError(
+                "the image has no name", where="NAME", next_step="give it as the second argument, or in sd.Image"
+            )
+        parse_name(name, what="image name")
+        options = BuildOptions(
+            lock=file.absolute().with_suffix(f".{class_name}.lock" if class_name else ".lock"),
+            reach=ReachOptions(platform=machine_platform(platform.machine())),
+            locked=locked,
+            upgrade=upgrade,
+            debian_mirror=debian_mirror,
+        )
+        push_options = PushOptions(kind="image", hasher=private_hasher(ctx, private=private), compress="auto")
+        started_s = time.monotonic()
+        with closing(BuildCache(ctx.layout.image_builds)) as cache:
+            with errors.status("building") as status:
+                built = build_image(image, file.absolute().parent, cache, options, report=status.update)
+            with closing(built.source) as source, publication(ctx, name) as published:
+                # Sandboxes have devices of their own; those that a base brings are left out.
+                chosen = ImageOptions(skip_devices=True, fetch=built.fetch)
+                pushed = _carry(ctx, source, published, push_options, chosen)
+                record = published.publish(ctx, pushed.result.artefact, source=source.name)
+        if ctx.json:
+            counts = {"new_bytes": pushed.result.new_bytes, "reused_bytes": pushed.result.reused_bytes}
+            say_json({"image": record, "lock": str(options.lock), **counts})
             return
         _say_pushed(record, pushed, time.monotonic() - started_s)
 

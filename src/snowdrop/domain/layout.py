@@ -80,6 +80,11 @@ class StateLayout(msgspec.Struct, frozen=True):
         return self.root / "image-layers"
 
     @property
+    def image_builds(self) -> Path:
+        """Layers that builds of images have made, kept for the next build: only a cache."""
+        return self.root / "image-builds"
+
+    @property
     def cache(self) -> Path:
         return self.root / "cache"
 

@@ -94,24 +94,50 @@ class Model(msgspec.Struct, frozen=True):
     lazy: bool = False
 
 
-class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """The environment a service runs in.
+class ImageCopy(msgspec.Struct, frozen=True, kw_only=True):
+    """A file or folder below the service's folder, and its absolute path in the image."""
 
-    Until images land, a replica runs on the node's own environment; what is named here is checked against
-    it at deploy time, and a missing requirement is refused with its name.
+    source: str
+    target: str
+
+
+class Image(msgspec.Struct, frozen=True, kw_only=True):
+    """The environment a service runs in. Each method gives a new one.
+
+    What `requirements` name is checked against the node's own environment at deploy time, and a missing one is
+    refused with its name. `snowdrop image build` makes an image of it, under the `name` if there is one: on `base`
+    (`debian:SUITE`, or an image as `image push` takes it), the packages for the `python` of the base (as "3.11"),
+    resolved at `index_url` (uv's default if empty), then the `copies`.
     """
 
     requirements: tuple[str, ...] = ()
+    name: str = ""
+    base: str = "debian:bookworm"
+    python: str = "3.11"
+    index_url: str = ""
+    copies: tuple[ImageCopy, ...] = ()
 
     @classmethod
-    def from_requirements(cls, path: str) -> "Image":
+    def from_requirements(
+        cls,
+        path: str,
+        *,
+        name: str = "",
+        base: str = "debian:bookworm",
+        python: str = "3.11",
+        index_url: str = "",
+    ) -> "Image":
         """An image from a requirements file, read when the service is deployed (relative to its folder)."""
-        return cls(requirements=(f"-r {path}",))
+        return cls(requirements=(f"-r {path}",), name=name, base=base, python=python, index_url=index_url)
 
     @classmethod
     def from_packages(cls, *packages: str) -> "Image":
         """An image from requirement specifiers, as in `Image.from_packages("torch>=2.4")`."""
         return cls(requirements=packages)
+
+    def copy(self, source: str, target: str) -> "Image":
+        """With a file or folder of the service's folder at the absolute path `target`."""
+        return msgspec.structs.replace(self, copies=(*self.copies, ImageCopy(source=source, target=target)))
 
 
 class EndpointSpec(msgspec.Struct, frozen=True, kw_only=True):
