@@ -1,4 +1,4 @@
-"""A build: the base, then packages from the lock, then copied files; each a layer, kept by what it is made from."""
+"""A build: the base, packages from the lock, copied files; each a layer, kept by what it is made from."""
 
 from __future__ import annotations
 
