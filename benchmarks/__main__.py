@@ -13,6 +13,7 @@ NAMES = (
     "cold_start",
     "fs_ops",
     "gateway",
+    "image_trace",
     "weights_dedupe",
     "weights_local",
     "weights_origin",

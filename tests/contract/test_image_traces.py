@@ -61,7 +61,7 @@ async def kept_trace(folder: Path, stage: Stage) -> ImageTrace:
 async def fetched(folder: Path, node: str, bytes_min: int) -> None:
     """Until so much of the image is on the node."""
     with anyio.fail_after(WAIT_S_MAX):
-        while sum(path.stat().st_blocks * 512 for path in (folder / node).rglob("data")) < bytes_min:
+        while sum(path.stat().st_blocks * 512 for path in (folder / node).rglob("partial/data")) < bytes_min:
             await anyio.sleep(LOOK_S)
 
 
