@@ -122,6 +122,7 @@ async def _listen_unix(path: Path) -> anyio.abc.SocketListener:
 
 
 async def _supervise(layout: StateLayout, settings: Settings, arguments: argparse.Namespace) -> None:
+    from snowdrop.agent.leftmounts import sweep_mounts
     from snowdrop.engine.local import Supervisor
 
     def command(name: str, ready_fd: int) -> list[str]:
@@ -132,7 +133,11 @@ async def _supervise(layout: StateLayout, settings: Settings, arguments: argpars
     layout.platform.unlink(missing_ok=True)  # of a platform that was killed
     with socket.socket(fileno=arguments.listen_fds[0]) as listener:
         supervisor = Supervisor(layout, settings, listener, command)
-        await supervisor.run(lambda: _say_ready(arguments))
+        try:
+            await supervisor.run(lambda: _say_ready(arguments))
+        finally:
+            # An agent that was killed, or stopped while it started, has left its mounts, and no other comes.
+            sweep_mounts(layout.mounts, layout.mounts_record)
 
 
 def _info(layout: StateLayout, settings: Settings, listen_fd: int) -> Info:

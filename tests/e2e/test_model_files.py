@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import pytest
 from content_helpers import noise
 from e2e_platform import CommandError, Platform, session, wait_until
 from fuse_helpers import needs_fuse
+from snowdrop.content.fuse.mount import mounted_trees
+from snowdrop.domain.layout import StateLayout
+from snowdrop.engine.local import is_running, read_record
 
 pytestmark = [pytest.mark.anyio, needs_fuse]
 
@@ -71,7 +76,14 @@ async def test_a_model_is_mounted_for_a_person_until_unmounted(own_platform: Pla
             return False
 
     wait_until(is_mounted_again, "the next agent mounts again")
-    own_platform.run("down")
+    # It dies again, and before another is there everything goes down: nobody but the supervisor can unmount.
+    layout = StateLayout(own_platform.state)
+    supervisor = read_record(layout)
+    assert supervisor is not None
+    own_platform.kill("agent")
+    os.kill(supervisor.supervisor_pid, signal.SIGTERM)
+    wait_until(lambda: not is_running(layout), "the platform is down")
+    assert mounted_trees(at) == []
     assert sums(at) == {}
     own_platform.up()
     wait_until(is_mounted_again, "the platform mounts again when it comes up")

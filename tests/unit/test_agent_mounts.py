@@ -7,14 +7,21 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
+import msgspec
 import pytest
+from typer.testing import CliRunner
 
 from agent_helpers import FakeDataPlane, open_fds
+from fuse_helpers import needs_fuse
 from snowdrop.agent import mounts as mounts_module
 from snowdrop.agent.mounts import ModelMounts
+from snowdrop.cli.app import app
+from snowdrop.content.fuse.mount import mount_tree, mounted_trees, unmount_tree
 from snowdrop.domain.errors import InvalidInputError, NotFoundError, UnavailableError
 from snowdrop.domain.ids import DEFAULT_TENANT, Digest
+from snowdrop.domain.layout import StateLayout
 from snowdrop.domain.manifest import ArtefactRef
+from snowdrop.engine.local import take_lock
 from snowdrop.wire.mounts import PersonalMount
 
 pytestmark = pytest.mark.anyio
@@ -147,3 +154,29 @@ async def test_nothing_is_mounted_on_a_symbolic_link(mounts: ModelMounts, plane:
     with pytest.raises(InvalidInputError, match="symbolic link"):
         await mounts.add(wanted)
     assert (mounts.personal(), plane.ensured) == ([], [])
+
+
+@needs_fuse
+def test_down_removes_what_a_platform_that_was_killed_has_mounted(tmp_path: Path) -> None:
+    layout = StateLayout(tmp_path / "s")
+    layout.make()
+    layout.lock.touch()
+    own, persons, anothers = layout.mounts / ("a" * 64), tmp_path / "mine", tmp_path / "another"
+    for at in (own, persons, anothers):
+        at.mkdir(parents=True)
+        os.close(mount_tree(at))  # nobody serves it: ENOTCONN
+    wanted = PersonalMount(directory=str(persons), tenant=DEFAULT_TENANT, model="m", artefact=artefact(SLOW))
+    layout.mounts_record.write_bytes(msgspec.json.encode([wanted]))
+    try:
+        held = take_lock(layout)
+        assert held is not None
+        with_platform = CliRunner().invoke(app, ["--state", str(layout.root), "down"])
+        assert with_platform.exit_code == 0
+        assert len(mounted_trees(tmp_path)) == 3, "a platform that is just starting is left alone"
+        os.close(held)
+        result = CliRunner().invoke(app, ["--state", str(layout.root), "down"])
+        assert result.exit_code == 0, result.output
+        assert [tree.path for tree in mounted_trees(tmp_path)] == [anothers], "it is no mount of this state's"
+    finally:
+        for at in (own, persons, anothers):
+            unmount_tree(at)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -21,13 +20,13 @@ import msgspec
 
 from snowdrop.agent.dataplane.client import DataPlane
 from snowdrop.agent.imagecontent import NodeImage, ensure_image, open_image
+from snowdrop.agent.leftmounts import images_below, sweep_mounts
 from snowdrop.agent.mountfiles import DIRECTORY_MODE, check_directory, replace_file
 from snowdrop.agent.starts import ImageStarts
 from snowdrop.content.fuse.journal import create_journal
 from snowdrop.content.fuse.mount import (
     may_mount,
     mount_tree,
-    mounted_trees,
     set_read_ahead,
     unmount_tree,
 )
@@ -40,7 +39,6 @@ from snowdrop.domain.errors import (
 )
 from snowdrop.domain.ids import TenantId, fresh_id
 from snowdrop.domain.manifest import ArtefactRef
-from snowdrop.image.mount.kernel import sweep_erofs
 from snowdrop.image.mount.methods import image_mount
 from snowdrop.image.mount.port import ImageMount
 from snowdrop.wire.dataplane import StartTold
@@ -85,7 +83,7 @@ class ModelMounts:
 
     def __init__(self, folder: Path, record: Path, data_plane: Callable[[], Awaitable[DataPlane]]) -> None:
         self._folder = folder
-        self._images = folder / "images"
+        self._images = images_below(folder)
         self._record = record
         self._data_plane = data_plane
         self._mounts: dict[Path, _Mount] = {}
@@ -97,16 +95,8 @@ class ModelMounts:
 
     def sweep(self) -> None:
         """Removes mounts that an earlier agent left. Blocks. Before anything else."""
-        self._personal = {Path(entry.directory): entry for entry in self._read_record()}
-        for place in (self._folder, *self._personal):
-            sweep_erofs(place, self._images)
-            for tree in mounted_trees(place):
-                try:
-                    unmount_tree(tree.path)
-                    log.info("removed %s, which an earlier agent left", tree.path)
-                except UnavailableError as error:
-                    log.warning("a mount of an earlier agent stays: %s", error)
-        shutil.rmtree(self._images, ignore_errors=True)
+        left = sweep_mounts(self._folder, self._record)
+        self._personal = {Path(entry.directory): entry for entry in left}
 
     async def run(self) -> None:
         """Restores, and completes images behind the starts that are ready, until cancelled."""
@@ -345,15 +335,6 @@ class ModelMounts:
             await (await self._data_plane()).release(mount.pin)
         except SnowdropError:
             return  # a data plane that is gone holds no pins
-
-    def _read_record(self) -> list[PersonalMount]:
-        try:
-            return msgspec.json.decode(self._record.read_bytes(), type=list[PersonalMount])
-        except FileNotFoundError:
-            return []
-        except (OSError, msgspec.DecodeError) as error:
-            log.warning("%s is not understood, its mounts are not made again: %s", self._record, error)
-            return []
 
     async def _write_record(self) -> None:
         async with self._recording:

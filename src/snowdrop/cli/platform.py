@@ -14,6 +14,7 @@ import msgspec
 import typer
 from rich.text import Text
 
+from snowdrop.agent.leftmounts import sweep_mounts
 from snowdrop.agent.probe import Probe, probe_sandbox, run_all
 from snowdrop.cli.output import Context, JsonFlag, console, context, errors, reported, say_json, table
 from snowdrop.content.origin import open_origin
@@ -66,6 +67,8 @@ def down(json: JsonFlag = False) -> None:
         if running is not None:
             os.kill(running.supervisor_pid, signal.SIGTERM)
             _wait_for_end(ctx, running)
+        else:
+            _clear_after_crash(ctx)
         if ctx.json:
             say_json({"stopped": running is not None})
         else:
@@ -169,6 +172,19 @@ def _wait_for_end(ctx: Context, running: PlatformRecord) -> None:
                 next_step=f"see {ctx.layout.process_logs}, or kill -9 {running.supervisor_pid}",
             )
         time.sleep(0.02)
+
+
+def _clear_after_crash(ctx: Context) -> None:
+    """Removes the mounts of a platform whose supervisor was killed too."""
+    if not ctx.layout.lock.exists():
+        return
+    lock = take_lock(ctx.layout)
+    if lock is None:
+        return  # one is just starting
+    try:
+        sweep_mounts(ctx.layout.mounts, ctx.layout.mounts_record)
+    finally:
+        os.close(lock)
 
 
 def _require_sandbox(bwrap: str) -> None:
