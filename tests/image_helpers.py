@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import tarfile
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,23 @@ def seen_in_tree(tree: ImageTree, data: bytes) -> Seen:
 def _with_groups(found: Seen, groups: Iterable[list[bytes]]) -> Seen:
     together = {path: tuple(sorted(group)) for group in groups for path in group if len(group) > 1}
     return {path: (*values, together.get(path, ())) for path, values in found.items()}
+
+
+def wheel(index: Path, version: str, *, needs: str = "", name: str = "petal") -> None:
+    """A wheel with a script, in an index of its own kind: a page per project."""
+    folder = index / name
+    folder.mkdir(parents=True, exist_ok=True)
+    info = f"{name}-{version}.dist-info"
+    meta = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    files = {
+        f"{name}/__init__.py": f"version = {version!r}\n",
+        f"{info}/METADATA": meta + (f"Requires-Dist: {needs}\n" if needs else ""),
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": f"[console_scripts]\n{name} = {name}:main\n",
+    }
+    record = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as made:
+        for path, text in {**files, f"{info}/RECORD": record}.items():
+            made.writestr(path, text)
+    links = "".join(f'<a href="{path.name}">{path.name}</a>' for path in sorted(folder.glob("*.whl")))
+    (folder / "index.html").write_text(f"<!DOCTYPE html><html><body>{links}</body></html>")

@@ -4,13 +4,12 @@ import base64
 import hashlib
 import os
 import select
-import zipfile
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from image_helpers import Layout, Pushed, member, names, tar
+from image_helpers import Layout, Pushed, member, names, tar, wheel
 from snowdrop.domain.errors import (
     ConflictError,
     InvalidInputError,
@@ -29,26 +28,6 @@ from snowdrop.image.opening import ReachOptions
 
 BASE = Layout([(tar(member("bin/sh", data=b"sh" * 3000, mode=0o755)), "plain")], {"Env": ["PATH=/bin", "A=1"]})
 ENV = "opt/snowdrop/env"
-
-
-def wheel(index: Path, version: str, *, needs: str = "", name: str = "petal") -> None:
-    """A wheel with a script, in an index of its own kind: a page per project."""
-    folder = index / name
-    folder.mkdir(parents=True, exist_ok=True)
-    info = f"{name}-{version}.dist-info"
-    meta = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-    files = {
-        f"{name}/__init__.py": f"version = {version!r}\n",
-        f"{info}/METADATA": meta + (f"Requires-Dist: {needs}\n" if needs else ""),
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{info}/entry_points.txt": f"[console_scripts]\n{name} = {name}:main\n",
-    }
-    record = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as made:
-        for path, text in {**files, f"{info}/RECORD": record}.items():
-            made.writestr(path, text)
-    links = "".join(f'<a href="{path.name}">{path.name}</a>' for path in sorted(folder.glob("*.whl")))
-    (folder / "index.html").write_text(f"<!DOCTYPE html><html><body>{links}</body></html>")
 
 
 class Place:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from snowdrop.domain.errors import InvalidInputError
+from snowdrop.domain.service import Image
 from snowdrop.sdk.environment import check_requirements
 from snowdrop.sdk.requirements import FILES_MAX, read_requirements
 
@@ -64,3 +65,38 @@ def test_missing_and_outdated_requirements_are_found() -> None:
         ("msgspec>=9999", version),
         ("no-such-package-anywhere>=1", None),
     ]
+
+
+PROJECT = """
+[project]
+name = "x"
+dependencies = ["torch>=2.4", "numpy"]
+[project.optional-dependencies]
+Fast_Path = ["xxhash"]
+"""
+
+
+def test_a_project_says_its_dependencies(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text(PROJECT)
+    assert read_requirements(("--pyproject pyproject.toml",), tmp_path) == ("torch>=2.4", "numpy")
+    with_extra = read_requirements(Image.from_pyproject(extras=("fast-path",)).requirements, tmp_path)
+    assert with_extra == ("torch>=2.4", "numpy", "xxhash")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[project]\ndynamic = ['dependencies']", "dynamic"),
+        ("[project]\ndependencies = ['-r /etc/passwd']\noptional-dependencies.more = []", "no requirement"),
+        ("[project]\ndependencies = 3", "no project"),
+        ("[tool]", "no project"),
+        ("[project", "no project"),
+        ("[project]", "no extra 'more'"),
+    ],
+)
+def test_a_project_that_does_not_say_them_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(text)
+    with pytest.raises(InvalidInputError, match=told) as caught:
+        read_requirements(("--pyproject pyproject.toml[more]",), tmp_path)
+    assert caught.value.next_step
+    assert caught.value.where.startswith("pyproject.toml")

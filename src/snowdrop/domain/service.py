@@ -131,6 +131,21 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
         return cls(requirements=(f"-r {path}",), name=name, base=base, python=python, index_url=index_url)
 
     @classmethod
+    def from_pyproject(
+        cls,
+        path: str = "pyproject.toml",
+        *,
+        extras: tuple[str, ...] = (),
+        name: str = "",
+        base: str = "debian:bookworm",
+        python: str = "3.11",
+        index_url: str = "",
+    ) -> "Image":
+        """An image with the dependencies of a project and of its `extras`; the project itself is to be copied."""
+        entry = f"--pyproject {path}" + (f"[{','.join(extras)}]" if extras else "")
+        return cls(requirements=(entry,), name=name, base=base, python=python, index_url=index_url)
+
+    @classmethod
     def from_packages(cls, *packages: str) -> "Image":
         """An image from requirement specifiers, as in `Image.from_packages("torch>=2.4")`."""
         return cls(requirements=packages)

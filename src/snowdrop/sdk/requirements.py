@@ -6,9 +6,12 @@ can't be checked by name and version (`-e`, `-c`, paths, URLs without a name), i
 """
 
 import re
+import tomllib
 from pathlib import Path
 
+import msgspec
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
 from snowdrop.domain.errors import InvalidInputError
 
@@ -17,6 +20,7 @@ FILES_MAX = 16
 REQUIREMENTS_MAX = 2_000
 
 _NESTED = re.compile(r"^(?:-r|--requirement)[\s=]*(?P<path>\S.*)$")
+_PYPROJECT = re.compile(r"^--pyproject (?P<path>.+?)(?:\[(?P<extras>[^\]]*)\])?$")
 _COMMENT = re.compile(r"(?:^|\s)#.*$")
 _PER_REQUIREMENT = re.compile(r"\s--(?:hash|config-settings|global-option)[\s=].*$")
 _PASSED_OVER = (
@@ -26,14 +30,20 @@ _PASSED_OVER = (
 
 
 def read_requirements(entries: tuple[str, ...], folder: Path) -> tuple[str, ...]:
-    """Specifiers, in order and without repeats; an entry `-r FILE` stands for the lines of FILE below `folder`.
+    """Specifiers, in order and without repeats; an entry `-r FILE` stands for the lines of FILE below `folder`,
+    `--pyproject FILE[EXTRA,…]` for the dependencies of a project.
 
     Raises InvalidInputError naming file and line.
     """
     found: dict[str, None] = {}
     seen: list[Path] = []
     for entry in entries:
-        _read_line(entry, folder, "Image", found, seen)
+        project = _PYPROJECT.match(entry)
+        lines = _of_project(folder / project["path"], project["extras"] or "") if project else [(entry, "Image")]
+        for line, where in lines:
+            if project and line.startswith("-"):
+                _specifier(line, where)
+            _read_line(line, folder, where, found, seen)
     return tuple(found)
 
 
@@ -64,12 +74,53 @@ def _read_file(path: Path, where: str, found: dict[str, None], seen: list[Path])
     seen.append(resolved)
     if len(seen) > FILES_MAX:
         raise InvalidInputError("too many requirements files", where=where, next_step=f"at most {FILES_MAX}")
+    for number, line in _logical_lines(_text(path, where)):
+        _read_line(line, resolved.parent, f"{path.name}:{number}", found, seen)
+
+
+class _Project(msgspec.Struct, rename="kebab"):
+    dependencies: list[str] = []
+    optional_dependencies: dict[str, list[str]] = {}
+    dynamic: list[str] = []
+
+
+class _Pyproject(msgspec.Struct):
+    project: _Project
+
+
+def _of_project(path: Path, extras: str) -> list[tuple[str, str]]:
+    """(requirement, where it stands) of a project's dependencies and those of its `extras`."""
     try:
-        if resolved.stat().st_size > FILE_BYTES_MAX:
+        project = msgspec.convert(tomllib.loads(_text(path, "Image")), _Pyproject).project
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise InvalidInputError(
+            f"{path.name} describes no project: {error}", where=path.name, next_step="correct its table [project]"
+        ) from error
+    if {"dependencies", "optional-dependencies"} & set(project.dynamic):
+        raise InvalidInputError(
+            "its dependencies are dynamic: only its build would say them",
+            where=path.name,
+            next_step="list them in [project], or use a requirements file",
+        )
+    found = [(line, f"{path.name}: dependencies") for line in project.dependencies]
+    known = {canonicalize_name(name): lines for name, lines in project.optional_dependencies.items()}
+    for extra in filter(None, map(str.strip, extras.split(","))):
+        lines = known.get(canonicalize_name(extra))
+        if lines is None:
+            raise InvalidInputError(
+                f"there is no extra {extra!r}", where=path.name, next_step=f"it has: {', '.join(known) or 'none'}"
+            )
+        found += [(line, f"{path.name}: {extra}") for line in lines]
+    return found
+
+
+def _text(path: Path, where: str) -> str:
+    try:
+        if path.stat().st_size > FILE_BYTES_MAX:
             raise InvalidInputError(
                 f"{path.name} is too large", where=where, next_step=f"at most {FILE_BYTES_MAX} B"
             )
-        text = resolved.read_text("utf-8-sig")
+        return path.read_text("utf-8-sig")
     except FileNotFoundError as error:
         raise InvalidInputError(
             f"there is no requirements file {path}",
@@ -80,8 +131,6 @@ def _read_file(path: Path, where: str, found: dict[str, None], seen: list[Path])
         raise InvalidInputError(
             f"{path} cannot be read: {error}", where=where, next_step="make it a readable UTF-8 text file"
         ) from error
-    for number, line in _logical_lines(text):
-        _read_line(line, resolved.parent, f"{path.name}:{number}", found, seen)
 
 
 def _logical_lines(text: str) -> list[tuple[int, str]]:
