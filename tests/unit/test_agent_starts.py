@@ -118,6 +118,29 @@ async def test_an_image_that_nobody_has_mounted_is_not_begun_and_not_tried_again
     assert log == ["gone"]
 
 
+async def test_nothing_is_completed_while_something_starts_which_has_a_bound(
+    starts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(starts.run)
+        for holder in ("rep-1", "rep-2"):
+            await starts.begin(DEFAULT_TENANT, image(1), "mnt-1", holder, "python -m app", record=False)
+        starts.complete(image(1), Mount(log, "one"))
+        starts.over("rep-1")
+        await settle()
+        assert log == []
+        await starts.ready("rep-2")
+        await settle()
+        assert log == ["one"]
+        await starts.begin(DEFAULT_TENANT, image(1), "mnt-1", "rep-3", "python -m app", record=False)
+        monkeypatch.setattr(starts_module, "STARTING_S_MAX", 0.0)
+        starts.complete(image(1), Mount(log, "two"))
+        await settle()
+        assert log == ["one", "two"]
+        tasks.cancel_scope.cancel()
+
+
 async def test_what_waits_to_be_completed_is_bounded(starts: Any) -> None:
     log: list[str] = []
     for number in range(FILLS_MAX + 9):

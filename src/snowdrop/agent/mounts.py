@@ -139,6 +139,7 @@ class ModelMounts:
 
     async def release(self, holder: str) -> None:
         """Once no sandbox of `holder` lives. Mounts without holders are removed."""
+        self._starts.over(holder)
         for mount in list(self._mounts.values()):
             if holder in mount.holders:
                 async with self._lock_of(mount.at):
@@ -267,6 +268,7 @@ class ModelMounts:
             await mount.image.mount(mount.at)
             self._mounts[mount.at] = mount
         except BaseException as error:
+            self._starts.over(holder)
             with anyio.CancelScope(shield=True):
                 await self._remove(mount)
             if isinstance(error, OSError):
@@ -323,6 +325,8 @@ class ModelMounts:
 
     async def _remove(self, mount: _Mount) -> None:
         self._mounts.pop(mount.at, None)
+        for holder in mount.holders:
+            self._starts.over(holder)
         if all(each.artefact.manifest != mount.artefact.manifest for each in self._mounts.values()):
             self._starts.forget(mount.artefact.manifest)
         try:

@@ -2,7 +2,7 @@
 
 An image's data is fetched as it is read. So that the next start need not wait for it, what this one reads is
 recorded until it is ready; from then on the image is brought as a whole, one image at a time, until mounts of it
-need no data plane.
+need no data plane. None is begun while something starts: that has the link to itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from snowdrop.wire.dataplane import AskStart, EndStart, StartTold
 FILLS_MAX = 256
 """Images that wait to be completed; more are completed when something of them starts again."""
 TRIES_MAX = 5
+STARTING_S_MAX = 300.0
+"""So long a start holds up what is to be completed, if it does not say that it is ready."""
 REST_S = 10.0
 """Between two tries to complete an image: the origin, or the data plane, may be away."""
 
@@ -34,11 +36,17 @@ class ImageStarts:
         self._data_plane = data_plane
         self._waiting: dict[Digest, ImageMount] = {}
         self._more = anyio.Event()
+        self._starting: set[str] = set()
+        self._none_starts = anyio.Event()
+        self._none_starts.set()
 
     async def begin(
         self, tenant: TenantId, manifest: Digest, pin: str, holder: str, start: str, *, record: bool
     ) -> None:
         """`holder` starts `start` in an image that is pinned for `pin`. Never raises: it is for speed alone."""
+        if not self._starting:
+            self._none_starts = anyio.Event()
+        self._starting.add(holder)
         try:
             plane = await self._data_plane()
             await plane.begin_start(tenant, manifest, pin, holder, start, record=record)
@@ -47,7 +55,14 @@ class ImageStarts:
 
     async def ready(self, holder: str) -> StartTold | None:
         """What `holder` starts is ready. None if the data plane knows of no start of it."""
+        self.over(holder)
         return await self._told(EndStart, holder)
+
+    def over(self, holder: str) -> None:
+        """`holder` starts no more: it is ready, or gone."""
+        self._starting.discard(holder)
+        if not self._starting:
+            self._none_starts.set()
 
     async def told(self, holder: str) -> StartTold | None:
         """The start of `holder` as it is now, with its late bytes; None as above."""
@@ -69,7 +84,11 @@ class ImageStarts:
             while not self._waiting:
                 self._more = anyio.Event()
                 await self._more.wait()
-            manifest, mount = next(iter(self._waiting.items()))
+            with anyio.move_on_after(STARTING_S_MAX):
+                await self._none_starts.wait()
+            manifest, mount = next(iter(self._waiting.items()), (None, None))
+            if manifest is None or mount is None:
+                continue  # nobody has it mounted any more
             await self._complete(manifest, mount)
             self._waiting.pop(manifest, None)
 

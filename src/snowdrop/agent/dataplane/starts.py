@@ -15,7 +15,7 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 
-from snowdrop.content.artefact import Artefact
+from snowdrop.content.artefact import Artefact, OriginReads
 from snowdrop.content.fuse.source import FileSource
 from snowdrop.content.imagetrace import check_start, key_of, load_trace, store_trace
 from snowdrop.content.parts import StoreParts
@@ -31,7 +31,8 @@ STARTS_MAX = 1024
 """Known at once; a node has fewer replicas."""
 RECORDS_MAX = 16
 """Recorded at once: each takes up to 4 MiB of memory. Others are not recorded."""
-ORIGIN_THREADS = 2
+WRITERS_MAX = 2
+"""Traces that are put at the origin at once."""
 DATA_FILE_INDEX = 1
 """`data` is the second file of an image's manifest."""
 STARTS_MESSAGES = (BeginStart, EndStart, AskStart)
@@ -134,7 +135,8 @@ class Starts:
         self._parts = parts
         self._tasks = tasks
         self._starts: dict[str, _Start] = {}
-        self._threads = anyio.CapacityLimiter(ORIGIN_THREADS)
+        self._reads = OriginReads(parts.disk, parts.origin)  # of its own: holds up no manifest
+        self._writers = anyio.CapacityLimiter(WRITERS_MAX)
 
     async def answer(self, message: BeginStart | EndStart | AskStart) -> Message:
         """The answer to one message. Raises NotFoundError, InvalidInputError, UnavailableError."""
@@ -187,10 +189,8 @@ class Starts:
         try:
             with start.replay:
                 try:
-                    start.before = await anyio.to_thread.run_sync(
-                        load_trace,
-                        *(self._parts.origin, start.key, begun.manifest, begun.start, start.data_bytes),
-                        limiter=self._threads,
+                    start.before = await self._reads.in_thread(
+                        load_trace, self._parts.origin, start.key, begun.manifest, begun.start, start.data_bytes
                     )
                 finally:
                     start.read_before.set()
@@ -246,7 +246,7 @@ class Starts:
             await anyio.to_thread.run_sync(
                 store_trace,
                 *(self._parts.origin, start.artefact.manifest.key_domain, begun.tenant, trace),
-                limiter=self._threads,
+                limiter=self._writers,
             )
         except SnowdropError as error:
             log.warning("what %s reads at its start is not kept: %s", begun.manifest[:19], error)
