@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 from snowdrop.domain.errors import SnowdropError
 from snowdrop.replica.link import AgentLink
@@ -31,8 +32,8 @@ def main(argv: list[str]) -> int:
     return serve(socket.socket(fileno=int(argv[1])))
 
 
-def serve(sock: socket.socket) -> int:
-    """The whole life of a replica on a connected packet socket; a forked parent may call this directly."""
+def serve(sock: socket.socket, adopt: Callable[[Boot], None] | None = None) -> int:
+    """The whole life of a replica on a connected packet socket. `adopt` is what a fork does before user code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)  # logs are read while the replica runs
@@ -60,6 +61,8 @@ def serve(sock: socket.socket) -> int:
     gc.enable()
     gc.freeze()
     runtime.apply_environment(boot)
+    if adopt is not None:
+        adopt(boot)
     return runtime.run(link, boot, fds, booted_unix_ns)
 
 

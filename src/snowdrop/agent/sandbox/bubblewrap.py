@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import stat
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -97,6 +98,10 @@ class BubblewrapSandbox:
                 self._status = exit_status(code, oom_killed=self._group.oom_killed())
             return self._status
 
+    def call_when_closed(self, callback: Callable[[], None]) -> None:
+        """More to undo, before the rest, once its processes are gone."""
+        self._undo.callback(callback)
+
     def kill(self) -> None:
         self._init.kill()
 
@@ -122,7 +127,8 @@ def exit_status(code: int, *, oom_killed: bool) -> ExitStatus:
 
 
 class BubblewrapLauncher:
-    """`as_uid` starts bwrap itself as that user, so that a root agent can use the rootless way.
+    """`as_uid` starts bwrap itself as that user, so that a root agent can use the rootless way; `as_uid_prefix` is
+    a command that does that, and perhaps more, before it executes bwrap.
 
     Raises SandboxError if a program is missing that it cannot do without.
     """
@@ -135,6 +141,7 @@ class BubblewrapLauncher:
         bwrap: Path | None = None,
         uids: UidPool | None = None,
         as_uid: int | None = None,
+        as_uid_prefix: tuple[str, ...] = (),
         profile: str = "replica",
     ) -> None:
         self._limits = limits
@@ -142,7 +149,9 @@ class BubblewrapLauncher:
         self._bwrap = bwrap or find_bwrap()
         self._uids = uids or UidPool()
         self._as_uid = as_uid
+        self._as_uid_prefix = as_uid_prefix
         self._rootless = os.geteuid() != 0 or as_uid is not None
+        self._nests = profile == "warm"
         self._programs = compile_profile(profile)
         if not self._rootless and not Path(SETPRIV).exists():
             raise SandboxError(
@@ -185,7 +194,7 @@ class BubblewrapLauncher:
 
     def _take_privileges(self, spec: LaunchSpec, undo: ExitStack) -> Privileges:
         if self._rootless:
-            return Privileges(drop_to=None)
+            return Privileges(drop_to=None, nests=self._nests)
         if spec.uid is not None:
             return Privileges(drop_to=spec.uid)
         uid = self._uids.take()
@@ -216,7 +225,7 @@ class BubblewrapLauncher:
             passed += [given.fd for given in spec.descriptors]
             passed += [mount.source for mount in spec.mounts if isinstance(mount.source, int)]
             numbers = {given.role: given.fd for given in spec.descriptors}
-            argv = [str(self._bwrap), "--args", str(arguments), "--", *drop_prefix(privileges)]
+            argv = [*self._as_uid_prefix, str(self._bwrap), "--args", str(arguments), "--", *drop_prefix(privileges)]
             try:
                 child = spawn(
                     [*argv, *resolve_entry(spec, numbers)],
@@ -224,7 +233,7 @@ class BubblewrapLauncher:
                     stderr_fd=spec.output.stderr_fd,
                     pass_fds=passed,
                     env={},
-                    uid=self._as_uid,
+                    uid=None if self._as_uid_prefix else self._as_uid,
                 )
             except OSError as error:
                 raise SandboxError(

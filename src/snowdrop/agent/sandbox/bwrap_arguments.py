@@ -25,9 +25,12 @@ DataFd = Callable[[str, bytes], int]
 
 
 class Privileges(msgspec.Struct, frozen=True):
-    """Who the replica is: with `drop_to` a host uid taken on inside (root agent), else a user namespace."""
+    """Who the replica is: with `drop_to` a host uid taken on inside (root agent), else a user namespace.
+
+    With `nests` it may make further user namespaces, which its filter must bound."""
 
     drop_to: int | None
+    nests: bool = False
 
     @property
     def uid(self) -> int:
@@ -74,7 +77,8 @@ def memory_file(name: str, content: bytes) -> int:
 def _privilege_options(privileges: Privileges) -> list[str]:
     if privileges.drop_to is None:
         uid = str(ROOTLESS_UID)
-        return ["--unshare-user", "--disable-userns", "--uid", uid, "--gid", uid, "--cap-drop", "ALL"]
+        further = [] if privileges.nests else ["--disable-userns"]
+        return ["--unshare-user", *further, "--uid", uid, "--gid", uid, "--cap-drop", "ALL"]
     kept = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
     return ["--cap-drop", "ALL", *(word for name in kept for word in ("--cap-add", name))]
 

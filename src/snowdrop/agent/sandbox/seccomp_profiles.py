@@ -105,4 +105,21 @@ REPLICA = Profile(
     no_such_numbers=frozenset(range(451, 512)),
 )
 
-PROFILES = {profile.name: profile for profile in (REPLICA,)}
+_WARM_NAMESPACES = _NEW_NAMESPACES
+"""All at once and no other choice: what a fork makes of them is known."""
+_WARM_MOUNT_FLAGS = (0x6, 0xE, 0xA, 0x1027)
+"""nosuid and nodev; with noexec; nosuid and noexec; read-only again (MS_REMOUNT | MS_BIND | MS_RDONLY)."""
+
+WARM = msgspec.structs.replace(
+    REPLICA,
+    name="warm",
+    allow=REPLICA.allow | {"move_mount"},
+    allow_if=REPLICA.allow_if
+    | {
+        "unshare": (Condition(0, _WARM_NAMESPACES),),
+        "mount": tuple(Condition(3, flags) for flags in _WARM_MOUNT_FLAGS),
+    },
+)
+"""Of a parent that forks replicas: exactly what a fork needs to make its namespaces. It then takes REPLICA as well."""
+
+PROFILES = {profile.name: profile for profile in (REPLICA, WARM)}
