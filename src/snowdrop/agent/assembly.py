@@ -29,6 +29,7 @@ from snowdrop.agent.sandbox.launcher import Launcher
 from snowdrop.agent.sandbox.limits import LimitBackend
 from snowdrop.agent.sandbox.unsafe import PlainLauncher
 from snowdrop.agent.turns import Turns
+from snowdrop.agent.warm import WarmPool
 from snowdrop.content.settings import DataPlaneSettings
 from snowdrop.domain.deployment import NodeRecord
 from snowdrop.domain.ids import NodeId, fresh_id
@@ -70,6 +71,7 @@ async def run_agent(
     keeper = DataPlaneKeeper(data_plane_settings(layout, settings), renew)
     mounts = ModelMounts(layout.mounts, layout.mounts_record, keeper.current)
     mounts.sweep()
+    warm = _warm_pool(agent, limits, launcher)
     context = NodeContext(
         node=NodeId(agent.node),
         python=Environment.current().python,
@@ -84,6 +86,7 @@ async def run_agent(
         on_change=node.on_change,
         turns=Turns(agent.launches_max),
         tracing=tracing,
+        warm=warm,
     )
     link = _link(layout, agent, launcher)
     api = _api(layout, agent, keeper, node, mounts)
@@ -93,6 +96,8 @@ async def run_agent(
             node.bind(context, background)
             background.start_soon(link.run, node)
             background.start_soon(mounts.run)
+            if warm is not None:
+                background.start_soon(warm.run)
             background.start_soon(keep_bytecode, context.python)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(until_stopped, tasks.cancel_scope)
@@ -106,6 +111,13 @@ async def run_agent(
         tracing.close()
         journal.close()
         limits.sweep()  # the groups of this life are empty now; they are not left for the next one
+
+
+def _warm_pool(agent: AgentSettings, limits: LimitBackend, launcher: Launcher) -> WarmPool | None:
+    """None where replicas have no sandbox, or the agent may not hand mounts to one that runs."""
+    if not isinstance(launcher, BubblewrapLauncher) or os.geteuid() != 0 or agent.warm_bytes_max == 0:
+        return None
+    return WarmPool(limits, launcher.uids, find_bwrap(agent.bwrap), memory_bytes_max=agent.warm_bytes_max)
 
 
 def _api(

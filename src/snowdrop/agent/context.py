@@ -11,6 +11,7 @@ from snowdrop.agent.dataplane.client import DataPlane
 from snowdrop.agent.mounts import ModelMounts
 from snowdrop.agent.sandbox.launcher import Launcher
 from snowdrop.agent.turns import Turns
+from snowdrop.agent.warm import WarmPool
 from snowdrop.domain.ids import NodeId
 from snowdrop.domain.replica import ReplicaKey, ReplicaReport
 from snowdrop.domain.settings import AgentSettings
@@ -36,6 +37,7 @@ class NodeContext(msgspec.Struct, frozen=True, kw_only=True):
     on_change: Callable[[ReplicaReport], None]
     turns: Turns
     tracing: Tracing = NoTracing()
+    warm: WarmPool | None = None
 
     @property
     def is_tracing(self) -> bool:

@@ -273,7 +273,12 @@ class ReplicaRunner:
 
     def _hear(self, message: FromReplica, tasks: anyio.abc.TaskGroup) -> None:
         if isinstance(message, Booted):
-            start = Span(name="start", start_unix_ns=self._launched_unix_ns, end_unix_ns=message.unix_ns)
+            start = Span(
+                name="start",
+                start_unix_ns=self._launched_unix_ns,
+                end_unix_ns=message.unix_ns,
+                note="forked" if self._sandboxed.is_forked else "",
+            )
             self._spans.append(start)
         elif isinstance(message, Imported):
             self._context.turns.give_back(self._turn)

@@ -91,6 +91,7 @@ class Sandboxed:
         self._log: LogSink | None = None
         self._volumes_env: dict[str, str] = {}
         self._handle: SandboxHandle | None = None
+        self.is_forked = False
         self._heard_all = anyio.Event()
         self._kill_wanted = False
         self._is_gone = False
@@ -121,17 +122,20 @@ class Sandboxed:
         try:
             with opened(spec.volumes, key.tenant, self._context.volumes, self._context.settings) as volumes:
                 self._volumes_env = volumes.variables(spec.volumes, self._context.launcher.visible_path)
-                self._handle = await self._context.launcher.launch(
-                    LaunchSpec(
-                        replica=key.replica,
-                        entry=replica_entry(self._context.python),
-                        output=Output(stdout_fd=self._log.stdout_fd, stderr_fd=self._log.stderr_fd),
-                        mounts=(*content_mounts(self._code, self._models), *volumes.mounts),
-                        descriptors=(Descriptor(role=LIFECYCLE, fd=theirs.fileno()),),
-                        resources=spec.resources,
-                        uid=volumes.uid,
-                    )
+                launch = LaunchSpec(
+                    replica=key.replica,
+                    entry=replica_entry(self._context.python),
+                    output=Output(stdout_fd=self._log.stdout_fd, stderr_fd=self._log.stderr_fd),
+                    mounts=(*content_mounts(self._code, self._models), *volumes.mounts),
+                    descriptors=(Descriptor(role=LIFECYCLE, fd=theirs.fileno()),),
+                    resources=spec.resources,
+                    uid=volumes.uid,
                 )
+                if self._context.warm is not None:
+                    self._handle = await self._context.warm.launch(self._order, launch)
+                self.is_forked = self._handle is not None
+                if self._handle is None:
+                    self._handle = await self._context.launcher.launch(launch)
         finally:
             theirs.close()
             self._log.close_writers()

@@ -26,6 +26,7 @@ STAGE_ATTRIBUTE = "__snowdrop_stage__"
 
 CONCURRENCY_MAX = 10_000
 PRIORITY_MAX = 9
+WARM_IMPORTS_MAX = 32
 
 
 class QueueSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,6 +181,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     `secrets` names secrets by environment variable, or by `file:NAME`. `park_s_max` is how long a request may wait
     while the revision is crash-looping; with 0 it is refused at once.
     `calls` are the deployments of its tenant that it may call; all others are refused.
+    Its replicas are forks of a parent that has done `warm_imports`, where there is one and `warm` is not off.
     """
 
     class_name: str
@@ -206,6 +208,8 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     asgi: AsgiSpec | None = None
     openai: tuple[str, ...] = ()
     calls: tuple[str, ...] = ()
+    warm: bool = True
+    warm_imports: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_kind()
@@ -221,6 +225,10 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
         check_volumes(self.volumes)
         require(0 <= self.park_s_max <= 86_400, "park_s_max", "0 to 86,400 s")
         require(len(self.accelerator) > 0, "accelerator", 'at least one, for example ["cpu"]')
+        require(len(self.warm_imports) <= WARM_IMPORTS_MAX, "warm_imports", f"at most {WARM_IMPORTS_MAX}")
+        for module in self.warm_imports:
+            named = all(part.isidentifier() for part in module.split("."))
+            require(named, "warm_imports", f"names of modules, not {module!r}")
         for name in self.calls:
             parse_name(name, what="deployment name in `calls`")
 

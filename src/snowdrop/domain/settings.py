@@ -80,6 +80,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     colons; what lies in them is shared with every tenant. `bwrap` is the path of bubblewrap; empty means the one
     that is installed with Snowdrop. Of replicas that start at once, `launches_max` make their sandboxes and import
     at a time; 0 is as many as there are processors.
+    Parents with imports done, of which replicas are forks, use `warm_bytes_max` at most; 0 is none.
     """
 
     node: NodeName = "node-0"
@@ -95,6 +96,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     volumes_writable: str = ""
     stop_s_max: Bound = 10.0
     launches_max: Launches = 0
+    warm_bytes_max: Bytes = 1 << 30
 
 
 class ContentSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -62,13 +62,11 @@ def _run_parent(sock: socket.socket) -> int:
             return 1
         check_version(warm.version, peer="the agent")
         warmed = import_all(warm.imports)
-        threads = len(os.listdir("/proc/self/task"))
-        if threads > 1:
-            print(f"warm parent: the imports started {threads - 1} threads; forks would lack them", file=sys.stderr)
-            return EXIT_THREADS
         gc.collect()
         gc.freeze()
         channel.send_blocking(warmed)
+        if warmed.threads > 1:
+            return EXIT_THREADS
         while True:  # the agent's end of the channel ends it
             order, fds = channel.receive_blocking()
             if isinstance(order, Fork):
@@ -87,7 +85,12 @@ def import_all(names: tuple[str, ...]) -> Warmed:
         except Exception as error:  # noqa: BLE001 -- whatever a module raises
             failed[name] = f"{type(error).__name__}: {error}"[:500]
     gc.enable()
-    return Warmed(imported=tuple(name for name in names if name not in failed), failed=failed)
+    return Warmed(
+        imported=tuple(name for name in names if name not in failed),
+        failed=failed,
+        threads=len(list(Path("/proc/self/task").iterdir())),
+        memory_bytes=int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+    )
 
 
 def _fork(order: Fork, fds: tuple[int, ...], programs: tuple[bytes, ...]) -> None:

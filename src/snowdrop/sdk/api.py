@@ -97,6 +97,8 @@ def service(
     secrets: Mapping[str, str] | Sequence[str] | None = None,
     volumes: Sequence[Volume] | None = None,
     calls: str | Sequence[str] | None = None,
+    warm: bool | None = None,
+    warm_imports: str | Sequence[str] | None = None,
 ) -> Callable[[C], C]:
     """Makes a class a service.
 
@@ -106,7 +108,8 @@ def service(
     `import_s_max` and `drain_s_max` bound these stages, in seconds. `rollout` says how new revisions take over,
     `park_s_max` how long requests wait while the revision does not start at all; `secrets` are given by
     environment variable. `calls` names deployments that the service may call beside those that it has a `ref` of,
-    in its class or its module. Raises InvalidInputError naming what is wrong.
+    in its class or its module. Replicas are forked off a parent that has done `warm_imports`, once the node has
+    one; `warm=False` is never. Raises InvalidInputError naming what is wrong.
     """
     options = {name: value for name, value in locals().items() if name in _WANTED}
     given = _given_models(model, models)
@@ -214,6 +217,8 @@ _WANTED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "secrets": (dict, "a dict of variable to secret, or a list of secrets"),
     "volumes": (tuple, 'a list of volumes, as in `[sd.Volume(target="/data", name="cache")]`'),
     "calls": (tuple, "a name or a list of names"),
+    "warm": (bool, "True or False"),
+    "warm_imports": (tuple, "a module or a list of modules"),
 }
 
 
@@ -236,7 +241,7 @@ def checked_options(given: Mapping[str, Any], models: Sequence[object]) -> dict[
     options = dict.fromkeys(_WANTED) | {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
     }
-    for name in ("accelerator", "calls"):
+    for name in ("accelerator", "calls", "warm_imports"):
         options[name] = (options[name],) if isinstance(options[name], str) else options[name]
     options["env"] = dict(options["env"]) if isinstance(options["env"], Mapping) else options["env"]
     options["secrets"] = secret_names(options["secrets"])
@@ -248,11 +253,11 @@ def _check_types(options: Mapping[str, Any], models: Sequence[object]) -> None:
     """msgspec checks types when it decodes, not when user code calls a constructor; this does."""
     for name, value in options.items():
         kind, wanted = _WANTED[name]
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             raise InvalidInputError(
                 f"`{name}` is {value!r}", where=f"service({name})", next_step=f"give it {wanted}"
             )
-    names = [*(options["accelerator"] or ()), *(options["calls"] or ())]
+    names = [*(options["accelerator"] or ()), *(options["calls"] or ()), *(options["warm_imports"] or ())]
     texts = [*names]
     for mapping in (options["env"], options["secrets"]):
         texts += [*(mapping or {}), *(mapping or {}).values()]
@@ -260,7 +265,7 @@ def _check_types(options: Mapping[str, Any], models: Sequence[object]) -> None:
         if not isinstance(text, str):
             raise InvalidInputError(
                 f"{text!r} is no text",
-                where="service(accelerator, calls, env, secrets)",
+                where="service(accelerator, calls, env, secrets, warm_imports)",
                 next_step="give names and values as str",
             )
     for each in options["volumes"] or ():

@@ -20,10 +20,13 @@ class Warm(Message, frozen=True, kw_only=True):
 
 
 class Warmed(Message, frozen=True, kw_only=True):
-    """Parent -> agent: imports are done, it forks from now on. `failed` says why by module."""
+    """Parent -> agent: imports are done, it forks from now on. `failed` says why by module, `threads` and
+    `memory_bytes` (resident) what it has then. With more than one thread it ends: forks would lack the others."""
 
     imported: tuple[str, ...]
     failed: dict[str, str] = msgspec.field(default_factory=dict)
+    threads: int = 1
+    memory_bytes: int = 0
 
 
 class ForkMount(msgspec.Struct, frozen=True, array_like=True):

@@ -23,7 +23,7 @@ import msgspec
 
 from snowdrop.agent.sandbox.bwrap_arguments import SETPRIV, Privileges, bwrap_options, drop_prefix, memory_file
 from snowdrop.agent.sandbox.environment import Environment
-from snowdrop.agent.sandbox.launcher import ExitStatus, LaunchSpec, Mount, check_spec, resolve_entry
+from snowdrop.agent.sandbox.launcher import ExitStatus, LaunchSpec, Mount, Output, check_spec, resolve_entry
 from snowdrop.agent.sandbox.limits import LimitBackend, LimitGroup
 from snowdrop.agent.sandbox.process import Child, Process, spawn
 from snowdrop.agent.sandbox.seccomp import compile_profile
@@ -147,7 +147,7 @@ class BubblewrapLauncher:
         self._limits = limits
         self._environment = environment or Environment.current()
         self._bwrap = bwrap or find_bwrap()
-        self._uids = uids or UidPool()
+        self.uids = uids or UidPool()
         self._as_uid = as_uid
         self._as_uid_prefix = as_uid_prefix
         self._rootless = os.geteuid() != 0 or as_uid is not None
@@ -180,7 +180,7 @@ class BubblewrapLauncher:
             monitor, info_fd, gate_fd = self._spawn(spec, privileges)
             try:
                 init = await self._hold(monitor, info_fd, group)
-                _give_output(spec, privileges.drop_to if self._as_uid is None else self._as_uid)
+                give_output(spec.output, privileges.drop_to if self._as_uid is None else self._as_uid)
                 os.write(gate_fd, b"x")
             except BaseException:
                 await monitor.close()
@@ -197,8 +197,8 @@ class BubblewrapLauncher:
             return Privileges(drop_to=None, nests=self._nests)
         if spec.uid is not None:
             return Privileges(drop_to=spec.uid)
-        uid = self._uids.take()
-        undo.callback(self._uids.give_back, uid)
+        uid = self.uids.take()
+        undo.callback(self.uids.give_back, uid)
         return Privileges(drop_to=uid)
 
     def _spawn(self, spec: LaunchSpec, privileges: Privileges) -> tuple[Child, int, int]:
@@ -225,7 +225,14 @@ class BubblewrapLauncher:
             passed += [given.fd for given in spec.descriptors]
             passed += [mount.source for mount in spec.mounts if isinstance(mount.source, int)]
             numbers = {given.role: given.fd for given in spec.descriptors}
-            argv = [*self._as_uid_prefix, str(self._bwrap), "--args", str(arguments), "--", *drop_prefix(privileges)]
+            argv = [
+                *self._as_uid_prefix,
+                str(self._bwrap),
+                "--args",
+                str(arguments),
+                "--",
+                *drop_prefix(privileges),
+            ]
             try:
                 child = spawn(
                     [*argv, *resolve_entry(spec, numbers)],
@@ -314,10 +321,10 @@ async def _read_init(info_fd: int) -> Process:
         ) from error
 
 
-def _give_output(spec: LaunchSpec, uid: int | None) -> None:
+def give_output(output: Output, uid: int | None) -> None:
     """Makes the log pipes the replica's own, so that it can open /dev/stdout and /dev/stderr."""
     if uid is None:
         return
-    for fd in {spec.output.stdout_fd, spec.output.stderr_fd}:
+    for fd in {output.stdout_fd, output.stderr_fd}:
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
             os.fchown(fd, uid, -1)

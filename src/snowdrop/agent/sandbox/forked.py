@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import tempfile
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -14,7 +15,13 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from snowdrop.agent.sandbox.bubblewrap import STOP_S_MAX, BubblewrapLauncher, BubblewrapSandbox, UidPool
+from snowdrop.agent.sandbox.bubblewrap import (
+    STOP_S_MAX,
+    BubblewrapLauncher,
+    BubblewrapSandbox,
+    UidPool,
+    give_output,
+)
 from snowdrop.agent.sandbox.bwrap_arguments import SETPRIV, SHM_BYTES_MAX
 from snowdrop.agent.sandbox.detached import detached
 from snowdrop.agent.sandbox.environment import Environment
@@ -54,8 +61,7 @@ FORK_S_MAX = 5.0
 WARM_S_MAX = 300.0
 _STAGE = (
     *("/usr/bin/unshare", "--mount", "--propagation", "private", "/bin/sh", "-ec"),
-    'uid=$1; shift; while [ "$1" != -- ]; do mount --rbind "$1" "$2"; shift 2; done; shift; '
-    f'exec {SETPRIV} --reuid "$uid" --regid "$uid" --clear-groups "$@"',
+    'while [ "$1" != -- ]; do mount --rbind "$1" "$2"; shift 2; done; shift; exec "$@"',
     "sh",
 )
 """Shows folders where the parent's user can reach them, in a mount namespace that ends with it, then becomes it:
@@ -126,9 +132,12 @@ class ForkedSandbox:
 class WarmParent:
     """One parent in its sandbox. `start` it, `fork` as often as wanted, `retire` or `close` it."""
 
-    def __init__(self, sandbox: BubblewrapSandbox, channel: PacketChannel[FromWarm], limits: LimitBackend) -> None:
+    def __init__(self, sandbox: BubblewrapSandbox, sock: socket.socket, limits: LimitBackend, uid: int) -> None:
         self._sandbox = sandbox
-        self._channel = channel
+        self._uid = uid
+        self._sock = sock
+        self._channel: PacketChannel[FromWarm] = PacketChannel(sock, FROM_WARM)
+        self._sending = anyio.Lock()
         self._limits = limits
         self.warmed: Warmed | None = None
 
@@ -145,7 +154,14 @@ class WarmParent:
                 where=", ".join(imports),
                 next_step="its reason is in the agent's log",
             ) from error
+        if self.warmed.threads > 1:
+            raise SandboxError(f"imports start threads ({self.warmed.threads})", where=", ".join(imports))
         return self.warmed
+
+    async def ended(self) -> None:
+        """Until the parent proper has ended; its replicas may live on."""
+        with suppress(EOFError, OSError, anyio.ClosedResourceError):
+            await self._channel.receive()  # it has nothing more to say
 
     async def fork(self, spec: LaunchSpec) -> ForkedSandbox:
         """A replica as `spec` says, held until it gets its Boot. Raises SandboxError; nothing is left then."""
@@ -156,6 +172,7 @@ class WarmParent:
             sent.callback(theirs.close)
             group = self._limits.create(spec.replica, spec.resources)
             undo.callback(group.close)
+            give_output(spec.output, self._uid)
             (lifecycle,) = spec.descriptors
             fds = [lifecycle.fd, spec.output.stdout_fd, spec.output.stderr_fd, theirs.fileno()]
             mounts = []
@@ -171,7 +188,8 @@ class WarmParent:
             )
             try:
                 with anyio.fail_after(FORK_S_MAX):
-                    await self._channel.send(order, tuple(fds))
+                    async with self._sending:
+                        await self._channel.send(order, tuple(fds))
                     sent.close()  # the parent's copies alone must keep the status socket open
                     message, pidfds = await status.receive()
             except (EOFError, OSError) as error:
@@ -213,7 +231,8 @@ class WarmParent:
 
     def retire(self) -> None:
         """The parent ends; its replicas live on, and its sandbox ends with the last of them."""
-        self._channel.close()
+        with suppress(OSError):  # it ended already
+            self._sock.shutdown(socket.SHUT_RDWR)  # not closed: a task may be waiting on it
 
     async def wait(self) -> ExitStatus:
         """Until the parent and all of its replicas have ended."""
@@ -249,12 +268,13 @@ async def start_parent(
         mounts = [Mount(source=at, target=str(folder)) for at, folder in folders.items()]
         mounts += [Mount(source=empty, target=target) for target in (CODE_TARGET, MODELS_TARGET)]
         shown = [word for at, source in folders.items() for word in (str(source), str(at))]
+        ids = ("--reuid", str(uid), "--regid", str(uid))
         launcher = BubblewrapLauncher(
             limits,
             environment=Environment(python=environment.python, folders=()),
             bwrap=program,
             as_uid=uid,
-            as_uid_prefix=(*_STAGE, str(uid), *shown, "--"),
+            as_uid_prefix=(*_STAGE, *shown, "--", SETPRIV, *ids, "--clear-groups"),
             profile="warm",
         )
         spec = LaunchSpec(
@@ -268,7 +288,7 @@ async def start_parent(
         )
         sandbox = await launcher.launch(spec)
         sandbox.call_when_closed(undo.pop_all().close)
-        return WarmParent(sandbox, PacketChannel(ours, FROM_WARM), limits)
+        return WarmParent(sandbox, ours, limits, uid)
 
 
 def _pid_of(pidfd: int) -> int:
@@ -278,5 +298,3 @@ def _pid_of(pidfd: int) -> int:
         if name == "Pid" and int(value) > 0:
             return int(value)
     raise SandboxError("the forked process is gone already", where="pidfd")
-
-

@@ -120,6 +120,6 @@ WARM = msgspec.structs.replace(
         "mount": tuple(Condition(3, flags) for flags in _WARM_MOUNT_FLAGS),
     },
 )
-"""Of a parent that forks replicas: exactly what a fork needs to make its namespaces. It then takes REPLICA as well."""
+"""Of a parent that forks replicas: exactly what a fork needs for its namespaces; it then takes REPLICA, too."""
 
 PROFILES = {profile.name: profile for profile in (REPLICA, WARM)}
