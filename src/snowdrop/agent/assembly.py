@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.abc
 from aiohttp import web
 
 from snowdrop.agent.api import build_agent_api
@@ -71,7 +72,6 @@ async def run_agent(
     keeper = DataPlaneKeeper(data_plane_settings(layout, settings), renew)
     mounts = ModelMounts(layout.mounts, layout.mounts_record, keeper.current)
     mounts.sweep()
-    warm = _warm_pool(agent, limits, launcher)
     context = NodeContext(
         node=NodeId(agent.node),
         python=Environment.current().python,
@@ -86,7 +86,7 @@ async def run_agent(
         on_change=node.on_change,
         turns=Turns(agent.launches_max),
         tracing=tracing,
-        warm=warm,
+        warm=_warm_pool(agent, limits, launcher),
     )
     link = _link(layout, agent, launcher)
     api = _api(layout, agent, keeper, node, mounts)
@@ -95,10 +95,7 @@ async def run_agent(
             await background.start(keeper.run)
             node.bind(context, background)
             background.start_soon(link.run, node)
-            background.start_soon(mounts.run)
-            if warm is not None:
-                background.start_soon(warm.run)
-            background.start_soon(keep_bytecode, context.python)
+            _start_upkeep(context, background)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(until_stopped, tasks.cancel_scope)
                 tasks.start_soon(node.meter)
@@ -118,6 +115,14 @@ def _warm_pool(agent: AgentSettings, limits: LimitBackend, launcher: Launcher) -
     if not isinstance(launcher, BubblewrapLauncher) or os.geteuid() != 0 or agent.warm_bytes_max == 0:
         return None
     return WarmPool(limits, launcher.uids, find_bwrap(agent.bwrap), memory_bytes_max=agent.warm_bytes_max)
+
+
+def _start_upkeep(context: NodeContext, tasks: anyio.abc.TaskGroup) -> None:
+    """What goes on beside the replicas."""
+    tasks.start_soon(context.mounts.run)
+    tasks.start_soon(keep_bytecode, context.python)
+    if context.warm is not None:
+        tasks.start_soon(context.warm.run)
 
 
 def _api(
