@@ -14,7 +14,7 @@ from snowdrop.agent.context import NodeContext
 from snowdrop.agent.dataplane.client import EnsuredContent
 from snowdrop.agent.logs import LogLimits, LogSink
 from snowdrop.agent.mounts import ModelMounts
-from snowdrop.agent.sandbox.launcher import CODE_TARGET, MODELS_TARGET, Mount
+from snowdrop.agent.sandbox.launcher import CODE_TARGET, MODELS_TARGET, LaunchSpec, Mount, SandboxHandle
 from snowdrop.domain.deployment import BoundModel
 from snowdrop.domain.errors import ErrorBody, SnowdropError
 from snowdrop.domain.manifest import ArtefactRef
@@ -149,3 +149,9 @@ def redacted(error: ErrorBody, redactor: Redactor) -> ErrorBody:
         next_step=redactor.text(error.next_step),
         fields=[],
     )
+
+
+async def forked_or_launched(order: StartReplica, spec: LaunchSpec, context: NodeContext) -> SandboxHandle:
+    """A fork of a warm parent where there is one for the replica, else a sandbox as the launcher makes it."""
+    forked = None if context.warm is None else await context.warm.launch(order, spec)
+    return await context.launcher.launch(spec) if forked is None else forked

@@ -17,6 +17,7 @@ import msgspec
 from snowdrop.agent.calls import CallDoor
 from snowdrop.agent.context import NodeContext
 from snowdrop.agent.handing import redacted, redactor_of
+from snowdrop.agent.sandbox.forked import FORKED
 from snowdrop.agent.sandboxed import Sandboxed, replica_content
 from snowdrop.agent.traces import ReplicaTraces
 from snowdrop.domain.errors import ErrorBody, ReplicaDiedError, SnowdropError, TimedOutError
@@ -277,7 +278,7 @@ class ReplicaRunner:
                 name="start",
                 start_unix_ns=self._launched_unix_ns,
                 end_unix_ns=message.unix_ns,
-                note="forked" if self._sandboxed.is_forked else "",
+                note=FORKED if self._sandboxed.describe.startswith(FORKED) else "",
             )
             self._spans.append(start)
         elif isinstance(message, Imported):

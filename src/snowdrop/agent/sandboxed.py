@@ -21,6 +21,7 @@ from snowdrop.agent.handing import (
     Landed,
     content_mounts,
     either,
+    forked_or_launched,
     is_lazy,
     listen_at,
     model_handle,
@@ -91,7 +92,6 @@ class Sandboxed:
         self._log: LogSink | None = None
         self._volumes_env: dict[str, str] = {}
         self._handle: SandboxHandle | None = None
-        self.is_forked = False
         self._heard_all = anyio.Event()
         self._kill_wanted = False
         self._is_gone = False
@@ -131,11 +131,7 @@ class Sandboxed:
                     resources=spec.resources,
                     uid=volumes.uid,
                 )
-                if self._context.warm is not None:
-                    self._handle = await self._context.warm.launch(self._order, launch)
-                self.is_forked = self._handle is not None
-                if self._handle is None:
-                    self._handle = await self._context.launcher.launch(launch)
+                self._handle = await forked_or_launched(self._order, launch, self._context)
         finally:
             theirs.close()
             self._log.close_writers()

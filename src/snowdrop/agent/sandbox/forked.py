@@ -57,6 +57,8 @@ from snowdrop.wire.warm import (
     Warmed,
 )
 
+FORKED = "forked"
+"""How the description of a fork begins, and the note of its start in a receipt."""
 FORK_S_MAX = 5.0
 WARM_S_MAX = 300.0
 _STAGE = (
@@ -210,7 +212,7 @@ class WarmParent:
         finally:
             os.close(replica_pidfd)
         handle = ForkedSandbox(
-            status=status, pid=pids[1], init_pidfd=init_pidfd, group=group, describe=f"forked; {self.describe}"
+            status=status, pid=pids[1], init_pidfd=init_pidfd, group=group, describe=f"{FORKED}; {self.describe}"
         )
         undo.pop_all()
         try:
