@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,7 @@ async def test_a_command_that_ends_before_it_is_ready_fails_the_start(
         code, stderr = await anyio.to_thread.run_sync(replica.wait)
     assert (failed.stage, failed.error.kind, code) == ("startup", "user_code", 1)
     assert f"the command {message} before it was ready" in failed.error.message
+    assert failed.error.where == (argv[0] if argv[0] != "{python}" else sys.executable)
     assert "snowdrop logs" in failed.error.next_step
     if argv[0] == "no-such-program":
         assert "there is no program 'no-such-program'" in stderr

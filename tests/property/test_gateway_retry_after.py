@@ -12,6 +12,7 @@ from snowdrop.domain.replica import ReplicaState
 from snowdrop.domain.service import QueueSpec
 from snowdrop.gateway.effects import Deny, Effect, Grant, Now
 from snowdrop.gateway.queue import QueueCore
+from snowdrop.policy.waiting import RETRY_AFTER_S_MAX
 from snowdrop.wire.control import DeploymentRoute, StartingReplica
 from snowdrop.wire.slots import Acquire
 
@@ -148,3 +149,31 @@ def test_an_obedient_client_whose_wait_was_too_short_gets_in_the_next_time(
     assert len(world.refusals.get(0, [])) == (
         1 if wait_s_max + TICK_S < start_s else len(world.refusals.get(0, []))
     )
+
+
+@settings(max_examples=150, deadline=None)
+@given(known_s=st.floats(0.05, 50.0), ages_s=st.lists(st.floats(0.0, 200.0), min_size=1, max_size=8))
+def test_nobody_is_told_less_than_those_that_run_have_left(known_s: float, ages_s: list[float]) -> None:
+    """A request takes what was learned, but no less than half of those that run have taken already."""
+    core, now_s = QueueCore(keys_required=False), 1_000.0
+    replica = replica_route("rep-0", concurrency=len(ages_s), ready=1)
+    queue = QueueSpec(length_max=1, wait_s_max=10_000.0)
+    at_start = Now(now_s - 500.0, 0)
+    core.set_routes([route(replica, queue=queue, service_s=known_s)], (), at_start)
+
+    def ask(number: int, at_s: float) -> list[Effect]:
+        now = Now(at_s, int(at_s * 1e9))
+        request = Acquire(ticket=number, key_sha256=None, deployment=NAME, arrived_unix_ns=now.unix_ns)
+        return core.arrive("w", request, now)
+
+    oldest_first = sorted(ages_s, reverse=True)
+    for number, age_s in enumerate(oldest_first):
+        (granted,) = ask(number, now_s - age_s)
+        assert isinstance(granted, Grant)
+    ask(100, now_s)  # the one place in the line
+    (refused,) = ask(101, now_s)
+    assert isinstance(refused, Deny)
+    told_s = refused.message.error.retry_after_s
+    assert told_s is not None
+    takes_s = max(known_s, oldest_first[len(oldest_first) // 2])
+    assert told_s >= min(takes_s, RETRY_AFTER_S_MAX) - 1e-6

@@ -16,7 +16,7 @@ from snowdrop.gateway.traffic import Traffic, lost_pins
 from snowdrop.gateway.words import phase_of, reason_of
 from snowdrop.policy.admission import come_back_s, spread_s
 from snowdrop.policy.queueing import Line, Standing, priority_of, rules_of
-from snowdrop.policy.waiting import Outlook, percent, start_left_s, turn_s
+from snowdrop.policy.waiting import Outlook, percent, slot_time_s, start_left_s, turn_s
 from snowdrop.wire.control import DeploymentLoad, DeploymentRoute, Parked
 from snowdrop.wire.slots import Acquire, Outcome, WaitNews
 
@@ -264,9 +264,11 @@ class Deployment:
             coming = [max(0.0, (route.parked.next_try_unix_ns - now.unix_ns) / 1e9) + route.start_s]
         elif not slots and not route.coming and route.start_s:
             coming = [route.start_s]  # control is about to order one
+        known_s = route.service_s or (self.times.slot_s / self.times.done if self.times.done else 0.0)
+        running_s = self.times.running_s(now.s)
         return Outlook(
             slots=slots,
-            service_s=route.service_s or (self.times.slot_s / self.times.done if self.times.done else 0.0),
+            service_s=slot_time_s(known_s, in_flight=self.in_flight, running_s=running_s),
             drained_per_s=self.drain_rate(now.s),
             coming_s=tuple(coming),
             coming_slots=max(1, route.concurrency),

@@ -30,6 +30,14 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
     coming_slots: int = 1
 
 
+def slot_time_s(known_s: float, *, in_flight: int, running_s: float) -> float:
+    """How long a request holds its slot: `known_s` by those that have ended; 0 if not known.
+
+    Those that still run are evidence too: `in_flight` of them for `running_s` in all, and so long it is at least.
+    """
+    return max(known_s, running_s / in_flight) if in_flight > 0 and known_s > 0 else known_s
+
+
 def turn_s(outlook: Outlook, ahead: int) -> float | None:
     """Seconds until a request has its turn that waits behind `ahead` others; None if nothing tells.
 

@@ -73,7 +73,7 @@ class CommandService(BoundedServable):
             cwd=self._code_directory,
             env=_environment(values, directories),
         )
-        await self._wait_ready(self._child)
+        await self._wait_ready(self._child, argv[0])
         self._ready.set()
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,7 +111,7 @@ class CommandService(BoundedServable):
         if self._folder is not None:
             self._folder.cleanup()
 
-    async def _wait_ready(self, child: anyio.abc.Process) -> None:
+    async def _wait_ready(self, child: anyio.abc.Process, program: str) -> None:
         bound_s = self._spec.startup_s_max
         failure: SnowdropError | None = None
         async with anyio.create_task_group() as group:
@@ -121,7 +121,7 @@ class CommandService(BoundedServable):
                 status = await child.wait()
                 failure = UserCodeError(
                     f"the command {_how(status)} before it was ready",
-                    where=self._command.argv[0],
+                    where=program,
                     next_step="`snowdrop logs` shows what it printed; correct the command and deploy again",
                 )
                 group.cancel_scope.cancel()

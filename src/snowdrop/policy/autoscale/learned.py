@@ -7,6 +7,7 @@ import math
 import msgspec
 
 from snowdrop.policy.idle import Gaps
+from snowdrop.policy.waiting import slot_time_s
 
 STARTS_KEPT = 20
 """The latest starts: enough for a median that one odd start does not move, few enough to follow a new model."""
@@ -38,7 +39,7 @@ class Learned(msgspec.Struct, frozen=True, kw_only=True):
         Requests that run longer than that already are evidence too: their mean age is the least it can be.
         """
         known = self.slot_s / self.done if self.done > 0 else 0.0
-        return max(known, running_s / in_flight) if in_flight > 0 and known > 0 else known
+        return slot_time_s(known, in_flight=in_flight, running_s=running_s)
 
 
 def note_start(learned: Learned, start_s: float) -> Learned:
