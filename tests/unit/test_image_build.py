@@ -226,3 +226,41 @@ def test_an_index_that_is_not_there_may_be_tried_again(place: Place, monkeypatch
     with pytest.raises(SnowdropError) as told:
         place.push(image)
     assert told.value.retryable
+
+
+def test_a_new_requirement_moves_no_other_package(place: Place) -> None:
+    place.push(place.image("petal"))
+    wheel(place.index, "1.1", needs="stem")
+    wheel(place.index, "3.0", name="root")
+    place.push(place.image("petal", "root"))
+    assert b"petal==1.0" in place.lock.read_bytes()
+    assert b"root==3.0" in place.lock.read_bytes()
+
+
+DEBOOTSTRAP = """#!/bin/sh
+echo "$SOURCE_DATE_EPOCH" "$@" >>{log}
+case "$*" in *absent*) echo "no package absent" >&2; exit 25;; esac
+for last; do path=$here; here=$last; done
+cp {base} "$path"
+"""
+
+
+def test_a_debian_base_has_its_packages_and_is_made_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place.root / "base.tar").write_bytes(tar(member("bin/sh", data=b"sh")))
+    tool = place.root / "tools" / "mmdebstrap"
+    tool.parent.mkdir()
+    tool.write_text(DEBOOTSTRAP.format(log=place.root / "log", base=place.root / "base.tar"))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    for _ in range(2):
+        pushed = place.push(Image().apt("ffmpeg").apt("git=1:2.0-1"))
+        assert b"bin/sh" in names(pushed.tree().entries)
+    (run,) = (place.root / "log").read_text().splitlines()
+    assert run.startswith("315532800 ")
+    assert "--include=ca-certificates,ffmpeg,git=1:2.0-1,python3 bookworm" in run
+    with pytest.raises(SnowdropError, match="no package absent"):
+        place.push(Image().apt("absent"))
+    with pytest.raises(InvalidInputError, match="is no package"):
+        place.push(Image().apt("a,b"))
+    with pytest.raises(InvalidInputError, match="takes no Debian packages"):
+        place.push(place.image().apt("ffmpeg"))

@@ -116,6 +116,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     base: str = "debian:bookworm"
     python: str = "3.11"
     index_url: str = ""
+    apt_packages: tuple[str, ...] = ()
     copies: tuple[ImageCopy, ...] = ()
 
     @classmethod
@@ -150,6 +151,10 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     def from_packages(cls, *packages: str) -> "Image":
         """An image from requirement specifiers, as in `Image.from_packages("torch>=2.4")`."""
         return cls(requirements=packages)
+
+    def apt(self, *packages: str) -> "Image":
+        """With Debian packages (`NAME` or `NAME=VERSION`) in its base, which must be a `debian:SUITE`."""
+        return msgspec.structs.replace(self, apt_packages=(*self.apt_packages, *packages))
 
     def copy(self, source: str, target: str) -> "Image":
         """With a file or folder of the service's folder at the absolute path `target`."""

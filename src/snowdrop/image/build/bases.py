@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from snowdrop.domain.errors import InvalidInputError, NotFoundError, UnavailableError
 from snowdrop.domain.image import ImageConfig
+from snowdrop.domain.service import Image
 from snowdrop.image.build.cache import MTIME_S, BuildCache, BuiltLayer, chain_key
 from snowdrop.image.build.tools import ToolFailed, run_tool
 from snowdrop.image.opening import ReachOptions, open_image
@@ -19,6 +20,7 @@ DEBIAN_PYTHONS = {"bookworm": "3.11", "trixie": "3.13"}
 DEBIAN_MIRROR = "http://deb.debian.org/debian"
 DEBIAN_PACKAGES = ("ca-certificates", "python3")
 DEBOOTSTRAP_S_MAX = 1_800.0
+_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?:=[A-Za-z0-9.+:~-]+)?")
 _DEBIAN = re.compile(r"debian:([a-z]+)")
 
 
@@ -55,31 +57,45 @@ class TarImage:
 
 
 def open_base(
-    text: str, python: str, cache: BuildCache, reach: ReachOptions, *, mirror: str, fresh: bool
+    image: Image, cache: BuildCache, reach: ReachOptions, *, mirror: str, fresh: bool
 ) -> tuple[ImageSource, bool]:
     """The base, and whether its layers are far away. `debian:SUITE` is made if the cache has none, or `fresh`.
 
     Raises InvalidInputError or NotFoundError, what `open_image` raises, UnavailableError or TimedOutError.
     """
-    debian = _DEBIAN.fullmatch(text)
+    debian = _DEBIAN.fullmatch(image.base)
     if debian is None:
-        return open_image(text, reach)
+        if image.apt_packages:
+            raise InvalidInputError(
+                f"{image.base[:200]!r} takes no Debian packages",
+                where="Image.apt",
+                next_step="take a base `debian:SUITE`, or an image that has them",
+            )
+        return open_image(image.base, reach)
     suite = debian[1]
-    if DEBIAN_PYTHONS.get(suite) != python:
+    if DEBIAN_PYTHONS.get(suite) != image.python:
         having = ", ".join(f"debian:{name} has {version}" for name, version in DEBIAN_PYTHONS.items())
         raise InvalidInputError(
-            f"{text} has no Python {python}", where="Image.base", next_step=f"{having}; or name an image"
+            f"{image.base} has no Python {image.python}",
+            where="Image.base",
+            next_step=f"{having}; or name an image",
         )
+    for package in image.apt_packages:
+        if not _PACKAGE.fullmatch(package):
+            raise InvalidInputError(
+                f"{package[:200]!r} is no package", where="Image.apt", next_step="write NAME or NAME=VERSION"
+            )
+    packages = sorted({*DEBIAN_PACKAGES, *image.apt_packages})
     architecture = reach.platform.architecture
-    key = chain_key("debian", suite, architecture, mirror, *DEBIAN_PACKAGES)
-    layer = cache.layer(key, lambda path: _debootstrap(path, suite, architecture, mirror), fresh=fresh)
+    key = chain_key("debian", suite, architecture, mirror, *packages)
+    layer = cache.layer(key, lambda path: _debootstrap(path, suite, architecture, mirror, packages), fresh=fresh)
     config = ImageConfig(
         env=("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",), architecture=architecture
     )
-    return TarImage(text, config, (layer,)), False
+    return TarImage(image.base, config, (layer,)), False
 
 
-def _debootstrap(path: Path, suite: str, architecture: str, mirror: str) -> None:
+def _debootstrap(path: Path, suite: str, architecture: str, mirror: str, packages: Sequence[str]) -> None:
     tool = shutil.which("mmdebstrap")
     if tool is None:
         raise NotFoundError(
@@ -89,7 +105,7 @@ def _debootstrap(path: Path, suite: str, architecture: str, mirror: str) -> None
         )
     command = [
         *(tool, "--quiet", "--variant=minbase", "--format=tar", f"--architectures={architecture}"),
-        *(f"--include={','.join(DEBIAN_PACKAGES)}", suite, str(path), mirror),
+        *(f"--include={','.join(packages)}", suite, str(path), mirror),
     ]
     env = {"SOURCE_DATE_EPOCH": str(MTIME_S)}
     try:
@@ -98,7 +114,7 @@ def _debootstrap(path: Path, suite: str, architecture: str, mirror: str) -> None
         raise UnavailableError(
             f"the base could not be made: {error.said}",
             where=f"debian:{suite} from {mirror}",
-            next_step="see that the mirror can be reached, or name an image as base",
+            next_step="see that the mirror can be reached and has the packages, or name an image as base",
         ) from error
 
 

@@ -60,9 +60,7 @@ def build_image(
         )
     copies = [(copy, _members(copy, folder)) for copy in image.copies]
     report(f"base {image.base}")
-    base, is_remote = open_base(
-        image.base, image.python, cache, options.reach, mirror=options.debian_mirror, fresh=options.upgrade
-    )
+    base, is_remote = open_base(image, cache, options.reach, mirror=options.debian_mirror, fresh=options.upgrade)
     try:
         below = base.image()
         pins = _pins(image, below.digest, machine=machine, cache=cache, options=options, report=report)
@@ -91,10 +89,11 @@ def _pins(
     report: Callable[[str], None],
 ) -> str:
     """The lock's pins, resolved and written if it may not be kept to."""
-    wants = chain_key(image.base, image.python, machine, LIBC, *image.requirements)
+    wants = chain_key(image.base, image.python, machine, LIBC, *image.apt_packages, "", *image.requirements)
     where = str(options.lock)
+    lock = read_lock(options.lock)
     there = usable(
-        read_lock(options.lock),
+        lock,
         wants=wants,
         base=base,
         where=where,
@@ -112,6 +111,7 @@ def _pins(
                 python=image.python,
                 machine=machine,
                 index_url=image.index_url,
+                before=lock.pins if lock is not None and not options.upgrade else "",
                 work=work,
                 where="requirements",
             )

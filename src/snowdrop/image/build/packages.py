@@ -31,11 +31,22 @@ _FAILED_RESOLUTION = 1
 
 
 def resolve(
-    requirements: Sequence[str], *, python: str, machine: str, index_url: str, work: Path, where: str
+    requirements: Sequence[str],
+    *,
+    python: str,
+    machine: str,
+    index_url: str,
+    before: str,
+    work: Path,
+    where: str,
 ) -> str:
-    """Pins with digests. Raises InvalidInputError if there is no solution, UnavailableError, TimedOutError."""
+    """Pins with digests, with the versions of the pins `before` where they still fit.
+
+    Raises InvalidInputError if there is no solution, UnavailableError, TimedOutError.
+    """
     wanted, pins = work / "requirements.in", work / "pins.txt"
     wanted.write_text("".join(f"{line}\n" for line in requirements), "utf-8")
+    pins.write_text(before, "utf-8")
     options = ["--generate-hashes", "--no-header", "--no-annotate", "-o", str(pins), str(wanted)]
     _uv(["compile", *_common(python, machine, index_url), *options], "resolve_s_max", RESOLVE_S_MAX, where)
     return pins.read_text("utf-8")
