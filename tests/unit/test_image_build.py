@@ -138,6 +138,14 @@ def test_a_wheel_that_was_changed_is_refused(place: Place, monkeypatch: pytest.M
         place.push(place.image("petal"), locked=True)
 
 
+def test_a_pin_without_a_digest_is_refused(place: Place) -> None:
+    place.push(place.image("petal"))
+    head = place.lock.read_text().splitlines()[:3]
+    place.lock.write_text("\n".join([*head, "petal==1.0", "stem==2.0", ""]))
+    with pytest.raises(SnowdropError, match="hash"):
+        place.push(place.image("petal"), locked=True)
+
+
 def test_locked_wants_the_lock_of_what_is_asked(place: Place) -> None:
     with pytest.raises(ConflictError, match="there is no lock"):
         place.push(place.image("petal"), locked=True)
