@@ -85,11 +85,23 @@ class TestJournal:
         journal = opened(tmp_path)
         with pytest.raises(ConflictError, match="another batch writes"):
             opened(tmp_path)
+        journal.add(1, {}, ok=True)
         journal.close()
         (tmp_path / "in.jsonl").write_text("{}\n")
         with pytest.raises(ConflictError, match="another input"):
             opened(tmp_path)
         opened(tmp_path, overwrite=True).close()
+
+    def test_one_with_nothing_done_leaves_nothing(self, tmp_path: Path) -> None:
+        opened(tmp_path).close()
+        assert not Journal.part(tmp_path / "out.jsonl").exists()
+        journal = opened(tmp_path)
+        journal.add(1, {}, ok=True)
+        journal.close()
+        journal = opened(tmp_path)
+        assert journal.done == {1: True}
+        journal.close()
+        assert Journal.part(tmp_path / "out.jsonl").exists()
 
     def test_a_result_is_not_overwritten_but_what_failed_can_run_again(self, tmp_path: Path) -> None:
         journal = opened(tmp_path)

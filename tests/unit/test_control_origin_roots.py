@@ -95,6 +95,15 @@ async def test_a_push_is_recorded_and_its_ref_stands_at_the_origin(bench: Bench)
     assert await bench.roots.next_generation(DEFAULT_TENANT, NAME) == 2
 
 
+async def test_a_name_of_another_kind_is_refused_before_anything_is_pushed(bench: Bench) -> None:
+    assert await bench.roots.next_generation(DEFAULT_TENANT, NAME, "image") == 1
+    await bench.put(1)
+    assert await bench.roots.next_generation(DEFAULT_TENANT, NAME, "code") == 2
+    with pytest.raises(ConflictError, match=f"'{NAME}' is taken by a code") as taken:
+        await bench.roots.next_generation(DEFAULT_TENANT, NAME, "image")
+    assert f"snowdrop code rm {NAME}" in taken.value.next_step
+
+
 async def test_the_same_push_told_twice_is_one(bench: Bench) -> None:
     await bench.put(1)
     await bench.put(1)

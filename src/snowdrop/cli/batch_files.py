@@ -143,6 +143,10 @@ class Journal:
         self.part(self._out).unlink()
 
     def close(self) -> None:
+        """One with nothing done is not left behind: there is nothing to go on with."""
+        part = self.part(self._out)
+        if not self.done and _lies_at(self._file, part):
+            part.unlink()
         self._file.close()
 
     @staticmethod
@@ -171,6 +175,8 @@ def open_journal(out: Path, header: Header, *, again: bool, overwrite: bool) -> 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConflictError(f"another batch writes {out}", where=str(part)) from error
+        if not _lies_at(file, part):
+            raise ConflictError(f"another batch has just ended at {out}", where=str(part), next_step="try again")
         done = _recover(file, header, part)
         if again and not all(done.values()):
             file.close()
@@ -180,6 +186,14 @@ def open_journal(out: Path, header: Header, *, again: bool, overwrite: bool) -> 
         file.close()
         raise
     return Journal(file, out, done)
+
+
+def _lies_at(file: BinaryIO, path: Path) -> bool:
+    """Whether it is still the file of that name, and not one that was removed meanwhile."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _recover(file: BinaryIO, header: Header, part: Path) -> dict[int, bool]:

@@ -52,7 +52,7 @@ class Client:
         """The same, for this machine's agent."""
         return Client(self._layout, self._tenant, self._layout.agent_socket)
 
-    def get(self, kind: type[T], *path: str, **query: Any) -> T:
+    def get(self, kind: type[T], /, *path: str, **query: Any) -> T:
         return self._decoded(kind, "GET", path, None, query)
 
     def send(self, kind: type[T], method: str, *path: str, body: Any = None) -> T:

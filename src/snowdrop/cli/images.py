@@ -108,7 +108,7 @@ def push(
         opened, is_remote = open_image(source, reach)
         chosen = ImageOptions(allow_setid=allow_setid, skip_devices=skip_devices, fetch=is_remote)
         started_s = time.monotonic()
-        with closing(opened), publication(ctx, name) as published:
+        with closing(opened), publication(ctx, name, kind="image") as published:
             pushed = _carry(ctx, opened, published, options, chosen)
             record = published.publish(
                 ctx, pushed.result.artefact, source=f"{opened.name} ({pushed.source.digest[:19]})"
@@ -160,7 +160,7 @@ def build(
         with closing(BuildCache(ctx.layout.image_builds)) as cache:
             with errors.status("building") as status:
                 built = build_image(image, file.absolute().parent, cache, options, report=status.update)
-            with closing(built.source) as source, publication(ctx, name) as published:
+            with closing(built.source) as source, publication(ctx, name, kind="image") as published:
                 # Sandboxes have devices of their own; those that a base brings are left out.
                 chosen = ImageOptions(skip_devices=True, fetch=built.fetch)
                 pushed = _carry(ctx, source, published, push_options, chosen)

@@ -64,10 +64,10 @@ def publish_revision(ctx: Context, name: str, spec: ServiceSpec, folder: Path) -
 
 
 @contextmanager
-def publication(ctx: Context, name: str) -> Iterator[Publication]:
-    """Holds the lease of one push of a model."""
+def publication(ctx: Context, name: str, *, kind: str = "model") -> Iterator[Publication]:
+    """Holds the lease of one push. Raises ConflictError if the name is that of another `kind`."""
     info = ctx.client.get(Info, "info")
-    begun = ctx.client.get(NextGeneration, "models", name, "generation")
+    begun = ctx.client.get(NextGeneration, "models", name, "generation", kind=kind)
     origin = open_origin(info.origin_url, info.origin)
     with push_lease(origin, purpose=f"push of model {ctx.tenant}/{name}") as lease:
         yield Publication(name=name, lease=lease, generation=begun.generation)

@@ -114,7 +114,8 @@ class Api:
 
     async def _next_generation(self, request: web.Request) -> web.Response:
         name = ModelName(parse_name(request.match_info["name"], what="model name"))
-        generation = await self._roots.next_generation(tenant_of(request), name)
+        kind = request.query.get("kind", "")
+        generation = await self._roots.next_generation(tenant_of(request), name, kind)
         return answer(NextGeneration(generation=generation))
 
     async def _delete_model(self, request: web.Request) -> web.Response:

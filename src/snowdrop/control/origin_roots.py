@@ -53,9 +53,14 @@ class OriginRoots:
 
     # --- refs ---------------------------------------------------------------------------------------------
 
-    async def next_generation(self, tenant: TenantId, name: ModelName) -> int:
-        """One above the newest that was ever believed here or stands, believable, at the origin."""
+    async def next_generation(self, tenant: TenantId, name: ModelName, kind: str = "") -> int:
+        """One above the newest that was ever believed here or stands, believable, at the origin.
+
+        Raises ConflictError if the name is that of another `kind`: before anything is pushed for it.
+        """
         record = await self._state.get_model(tenant, name)
+        if kind:
+            _check_kind(record, kind, where=f"name {name}")
         newest = await self._state.newest_ref(tenant, name)
         domain = record.artefact.key_domain if record is not None else "public"
         current = await anyio.to_thread.run_sync(self._current, domain, tenant, name)
@@ -75,12 +80,7 @@ class OriginRoots:
         ref = verify_ref(body.ref.encode(), self._keys.trusted(), where=where)
         check_named(ref, tenant=tenant, name=name, where=where)
         previous = await self._state.get_model(tenant, name)
-        if previous is not None and previous.artefact.kind != ref.kind:
-            raise ConflictError(
-                f"the name {name!r} is taken by a {previous.artefact.kind}",
-                where=where,
-                next_step=f"choose another name, or `snowdrop {previous.artefact.kind} rm {name}` first",
-            )
+        _check_kind(previous, ref.kind, where=where)
         await self._check_generation(ref, previous)
         await self.publish_roots([ref.artefact])
         await anyio.to_thread.run_sync(self._put_ref, ref, body)
@@ -210,3 +210,15 @@ def platform_id(path: Path) -> str:
         os.fsync(file.fileno())
     temporary.rename(path)
     return made
+
+
+def _check_kind(record: ModelRecord | None, kind: str, *, where: str) -> None:
+    """Raises ConflictError if the name is another kind's."""
+    if record is None or record.artefact.kind == kind:
+        return
+    other = record.artefact.kind
+    raise ConflictError(
+        f"the name {record.name!r} is taken by {'an' if other == 'image' else 'a'} {other}",
+        where=where,
+        next_step=f"choose another name, or `snowdrop {other} rm {record.name}` first",
+    )
