@@ -3,9 +3,10 @@
 import pytest
 
 from platform_helpers import service
-from snowdrop.cli.deploy import _with_options
+from snowdrop.cli.deploy import _with_options, only_in_the_image
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.rollout import RolloutSpec, RolloutStep
+from snowdrop.domain.service import Image
 
 
 def test_canary_and_environment_come_beside_what_the_code_says() -> None:
@@ -27,3 +28,9 @@ def test_a_preview_is_a_step_without_traffic_that_is_held() -> None:
 def test_what_cannot_be_is_refused(canary: str | None, env: list[str], preview: bool) -> None:
     with pytest.raises(InvalidInputError):
         _with_options(service(), canary, env, preview=preview)
+
+
+def test_what_a_replica_will_not_find_of_its_image_is_named() -> None:
+    image = Image.from_packages("torch").copy("data", "/srv/data").apt("ffmpeg")
+    assert only_in_the_image(service(image=image)) == "/srv/data, Debian's ffmpeg"
+    assert only_in_the_image(service(image=Image.from_packages("torch"))) == ""

@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from snowdrop.cli.output import JsonFlag, console, context, human_bytes, reported, say_json
+from snowdrop.cli.output import JsonFlag, console, context, errors, human_bytes, reported, say_json
 from snowdrop.cli.publishing import publish_revision
 from snowdrop.domain.errors import InvalidInputError
 from snowdrop.domain.ids import parse_name
@@ -87,6 +87,14 @@ def _check_environment(spec: ServiceSpec) -> None:
             next_step="pip install " + " ".join(f"'{each.requirement}'" for each in missing),
             fields=[{"field": each.requirement, "problem": each.found or "not installed"} for each in missing],
         )
+    if lacking := only_in_the_image(spec):
+        errors.print(f"replicas run in this environment, not in an image yet; they will not find {lacking}")
+
+
+def only_in_the_image(spec: ServiceSpec) -> str:
+    """What `image build` puts into the image beside packages for Python, and replicas do not have."""
+    packages = [f"Debian's {package}" for package in spec.image.apt_packages]
+    return ", ".join((*(copy.target for copy in spec.image.copies), *packages))
 
 
 def _dashed(class_name: str) -> str:
