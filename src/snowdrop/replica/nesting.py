@@ -13,6 +13,8 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+from snowdrop.wire.warm import OWN_FOLDERS
+
 NEW_NAMESPACES = 0x1000_0000 | 0x2000_0000 | 0x4000_0000 | 0x0800_0000 | 0x0400_0000 | 0x0200_0000 | 0x0002_0000
 """CLONE_NEWUSER, NEWPID, NEWNET, NEWIPC, NEWUTS, NEWCGROUP and NEWNS: the one combination the filter lets pass."""
 
@@ -55,11 +57,16 @@ def mount_own(*, tmp_bytes_max: int, shm_bytes_max: int) -> None:
 
 
 def mount_given(mounts: Sequence[tuple[str, int]], folder: Path) -> None:
-    """Detached mounts at their targets: below `folder`, made anew and closed afterwards, or at what is there."""
+    """Detached mounts at their targets: below `folder`, made anew and closed afterwards, or at what is there.
+
+    Those below our own directories are made there.
+    """
     _mount("tmpfs", str(folder), _NOSUID_NODEV, "size=1048576,mode=0755")
     for target, fd in mounts:
         if Path(target).parent == folder:
             Path(target).mkdir()
+        elif any(Path(target).is_relative_to(own) for own in OWN_FOLDERS):
+            Path(target).mkdir(parents=True, exist_ok=True)
         moved = _libc.syscall(_MOVE_MOUNT, fd, b"", _AT_FDCWD, os.fsencode(target), _MOVE_EMPTY_PATH)
         _check(moved, f"move_mount {target}")
     path = os.fsencode(folder)

@@ -6,9 +6,14 @@ its own, which the agent makes, so that nothing of one replica's life passes thr
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
 from snowdrop.wire.codec import Codec, Message
+
+OWN_FOLDERS = (Path("/tmp"), Path("/dev/shm"))  # noqa: S108 (inside)
+"""Where a fork covers what the parent has; it is given again what of the environment lies there."""
 
 
 class Warm(Message, frozen=True, kw_only=True):

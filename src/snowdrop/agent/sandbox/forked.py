@@ -46,6 +46,7 @@ from snowdrop.wire.packet import PacketChannel, packet_pair
 from snowdrop.wire.warm import (
     FORK_STATUS,
     FROM_WARM,
+    OWN_FOLDERS,
     Fork,
     Forked,
     ForkEnded,
@@ -178,7 +179,7 @@ class WarmParent:
             (lifecycle,) = spec.descriptors
             fds = [lifecycle.fd, spec.output.stdout_fd, spec.output.stderr_fd, theirs.fileno()]
             mounts = []
-            for mount in spec.mounts:
+            for mount in (*spec.mounts, *_covered_mounts()):
                 fd = detached(mount)
                 sent.callback(os.close, fd)
                 mounts.append(ForkMount(mount.target, len(fds)))
@@ -291,6 +292,12 @@ async def start_parent(
         sandbox = await launcher.launch(spec)
         sandbox.call_when_closed(undo.pop_all().close)
         return WarmParent(sandbox, ours, limits, uid)
+
+
+def _covered_mounts() -> tuple[Mount, ...]:
+    """The environment's folders that lie where a fork mounts an empty directory of its own."""
+    mounts = Environment.current().mounts()
+    return tuple(mount for mount in mounts if any(Path(mount.target).is_relative_to(own) for own in OWN_FOLDERS))
 
 
 def _pid_of(pidfd: int) -> int:
