@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from agent_helpers import order
 from sandbox_helpers import alive, leftover_groups, limits, swept
 from snowdrop.agent.sandbox.bubblewrap import UidPool, find_bwrap
+from snowdrop.agent.sandbox.environment import Environment
 from snowdrop.agent.sandbox.forked import ForkedSandbox, WarmParent
 from snowdrop.agent.sandbox.launcher import LIFECYCLE, Descriptor, LaunchSpec, Mount, Output
 from snowdrop.agent.warm import WarmPool, key_of
@@ -55,6 +57,7 @@ seen = {
     "mount": libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 6, None),
     "caps": next(line.split()[1] for line in open("/proc/self/status") if line.startswith("CapEff")),
     "tmp": sorted(os.listdir("/tmp")),
+    "covered": [at for at, _, names in os.walk("/tmp") if "of-the-environment" in names],
     "model": open("/models/one/hello").read(),
     "unix": len(open("/proc/net/unix").read().splitlines()) - 1,
     "random": random.random(),
@@ -186,6 +189,20 @@ class TestForked:
         assert seen["numpy_random"] != again["numpy_random"]
         # Its own channel alone, and no descriptor of the parent's.
         assert [name.partition(":")[0] for name in seen["fds"]] == ["/dev/null"] * 3 + ["socket"]
+
+    async def test_an_environment_below_its_own_tmp_is_still_there(
+        self, code: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+            Path(folder).chmod(0o755)
+            (Path(folder) / "of-the-environment").touch()
+            real = Environment.current()
+            shown = msgspec.structs.replace(real, folders=(*real.folders, Path(folder)))
+            monkeypatch.setattr(Environment, "current", lambda: shown)
+            start = warm_order()
+            async with pool(start) as made:
+                seen = await spied(made, start, code)
+        assert seen["covered"] == [folder]
 
     async def test_replicas_live_on_when_the_parent_dies_and_the_next_starts_the_ordinary_way(
         self, code: Path
