@@ -71,6 +71,10 @@ def _enough(
                 if isinstance(place((_without(node, rest),), resources, accelerator), Placed):
                     taken = rest
             return tuple(taken)
+    # What a deployment can spare may have gone to its smaller ones, where a larger one alone is enough.
+    for each in idle:
+        if each.spare > 0 and isinstance(place((_without(node, [each]),), resources, accelerator), Placed):
+            return (each,)
     return ()
 
 
