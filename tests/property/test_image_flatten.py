@@ -179,8 +179,9 @@ def test_flattening_is_unpacking_layer_over_layer(layers: list[list[TreeEntry]])
             made = flatten(layers)
         except CorruptContentError as error:
             # A whiteout below links that go round: there is nothing to take away, but it is refused all the same.
-            assert "symbolic links on the way" in error.message
-            return
+            if "symbolic links on the way" in error.message:
+                return
+            raise
         assert flat(made) == directory.seen()
 
 
