@@ -59,7 +59,8 @@ def _enough(
 ) -> tuple[IdleReplica, ...]:
     taken: list[IdleReplica] = []
     of: dict[tuple[str, str], int] = {}
-    for each in sorted(idle, key=lambda each: (not each.same_tenant, -each.idle_s, each.id)):
+    ordered = sorted(idle, key=lambda each: (not each.same_tenant, -each.idle_s, each.id))
+    for each in ordered:
         if of.get(each.deployment, 0) >= each.spare:
             continue
         taken.append(each)
@@ -72,7 +73,7 @@ def _enough(
                     taken = rest
             return tuple(taken)
     # What a deployment can spare may have gone to its smaller ones, where a larger one alone is enough.
-    for each in idle:
+    for each in ordered:
         if each.spare > 0 and isinstance(place((_without(node, [each]),), resources, accelerator), Placed):
             return (each,)
     return ()
